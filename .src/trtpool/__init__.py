@@ -1,0 +1,89 @@
+"""trtpool: a multi-process shared-memory inference worker pool.
+
+Producers write each input once, into a slot of one shared arena; workers read it from that very address.
+
+    import trtpool
+
+    with trtpool.connect("default") as pool:          # or trtpool.Pool(model="det.onnx") to embed one
+        with pool.lease() as slot:
+            slot.inputs["x"][...] = image             # the one write
+            result = slot.submit().result(timeout_s=5)
+            print(result.outputs["y"].mean())         # a view too, valid until the slot is released
+"""
+
+from __future__ import annotations
+
+from trtpool.broker.pool import Pool
+from trtpool.ipc.client import Client
+from trtpool.ipc.errors import (
+    AccessDenied,
+    ArenaTooLarge,
+    Cancelled,
+    ConfigError,
+    DeadlineExceeded,
+    DeviceUnavailable,
+    EngineFailed,
+    ForkedClient,
+    InvalidInput,
+    LeaseTooLarge,
+    MissingExtra,
+    ModelError,
+    NameInUse,
+    PoolBusy,
+    PoolClosed,
+    PoolError,
+    PoolNotFound,
+    ProtocolError,
+    RunDirError,
+    SpentHandle,
+    StartFailed,
+    TrtpoolError,
+    UsageError,
+    WorkerDied,
+    WorkError,
+)
+from trtpool.ipc.handles import Lease, Leases, Phases, Result, Submitted
+from trtpool.ipc.remote import PoolHandle, connect
+from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccessDenied",
+    "ArenaTooLarge",
+    "Cancelled",
+    "Client",
+    "ConfigError",
+    "DeadlineExceeded",
+    "DeviceUnavailable",
+    "EngineFailed",
+    "ForkedClient",
+    "InvalidInput",
+    "Lease",
+    "LeaseTooLarge",
+    "Leases",
+    "MissingExtra",
+    "ModelError",
+    "ModelReport",
+    "NameInUse",
+    "Phases",
+    "Pool",
+    "PoolBusy",
+    "PoolClosed",
+    "PoolError",
+    "PoolHandle",
+    "PoolNotFound",
+    "PoolReport",
+    "ProtocolError",
+    "Result",
+    "RunDirError",
+    "SpentHandle",
+    "StartFailed",
+    "Submitted",
+    "TrtpoolError",
+    "UsageError",
+    "WorkError",
+    "WorkerDied",
+    "WorkerReport",
+    "connect",
+]

@@ -1,0 +1,243 @@
+"""From queued work to batches that are slices.
+
+`WorkQueue.take` picks the next batch: the oldest work first, then what lies beside it in the arena, so that a
+batch is one run of slots, or a few.  It looks at most `WINDOW_BATCHES` batches deep, and work that was passed
+over `MAX_PASSED` times is taken in order of arrival, so a neighbour's luck never starves anyone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Final
+
+from trtpool.ipc import messages as m
+
+if TYPE_CHECKING:
+    from .records import LeaseRecord
+
+WINDOW_BATCHES: Final = 4
+MAX_PASSED: Final = 8
+
+
+class Work:
+    """Adjacent slots submitted together, or a part of them.
+
+    Attributes:
+        lease: whose.
+        at: the first of them, counted in the lease.
+        first: the first of them, counted in the model's slots.
+        count, items: slots, and the items in them; all slots are full but the last.
+        seq: the submission's number.
+        queued_ns: when it arrived.
+        deadline_ns: when it is dropped if still queued; 0: never.
+        again: slots to grant to its producer when it is done.
+        passed: how often a younger one was taken before it.
+        attempts: how often it ended a worker, or failed, alone.
+    """
+
+    __slots__ = (
+        "again", "at", "attempts", "count", "deadline_ns", "first", "items", "lease", "passed", "queued_ns", "seq",
+    )  # fmt: skip
+
+    def __init__(
+        self, lease: LeaseRecord, at: int, count: int, items: int, seq: int, queued_ns: int, deadline_ns: int, again: int
+    ) -> None:
+        self.lease = lease
+        self.at = at
+        self.first = lease.first + at
+        self.count = count
+        self.items = items
+        self.seq = seq
+        self.queued_ns = queued_ns
+        self.deadline_ns = deadline_ns
+        self.again = again
+        self.passed = 0
+        self.attempts = 0
+
+    def split(self, count: int, items_per_slot: int) -> Work:
+        """Cut the first `count` slots off, which become a Work of their own; this one keeps the rest."""
+        head = Work(
+            self.lease, self.at, count, count * items_per_slot, self.seq, self.queued_ns, self.deadline_ns, again=0
+        )
+        head.attempts, head.passed = self.attempts, self.passed
+        self.at += count
+        self.first += count
+        self.count -= count
+        self.items -= head.items
+        return head
+
+
+def _slot_order(work: Work) -> int:
+    return work.first
+
+
+class WorkQueue:
+    """Queued work of one model, oldest first."""
+
+    def __init__(self, items_per_slot: int) -> None:
+        self.items = 0
+        self.slots = 0
+        self._items_per_slot = items_per_slot
+        self._works: deque[Work] = deque()
+
+    def __len__(self) -> int:
+        return len(self._works)
+
+    def __iter__(self) -> Iterator[Work]:
+        return iter(self._works)
+
+    @property
+    def oldest(self) -> Work:
+        return self._works[0]
+
+    def add(self, work: Work) -> None:
+        self._works.append(work)
+        self.items += work.items
+        self.slots += work.count
+
+    def remove(self, gone: set[Work]) -> None:
+        """Remove some works, wherever they stand."""
+        kept = deque(work for work in self._works if work not in gone)
+        self._reset(kept)
+
+    def take(self, max_items: int) -> list[Work]:
+        """Take the next batch, at most `max_items` items, in slot order.  The queue must not be empty."""
+        works = self._works
+        if self.items <= max_items:
+            batch = sorted(works, key=_slot_order) if len(works) > 1 else list(works)
+            self._works = deque()
+            self.items = self.slots = 0
+            return batch
+        batch = self._take_window(max_items)
+        batch.sort(key=_slot_order)
+        for work in batch:
+            self.items -= work.items
+            self.slots -= work.count
+        return batch
+
+    def _take_window(self, max_items: int) -> list[Work]:
+        window: list[Work] = []
+        depth = 0
+        while self._works and depth < WINDOW_BATCHES * max_items:
+            work = self._works.popleft()
+            window.append(work)
+            depth += work.items
+        starved = any(work.passed >= MAX_PASSED for work in window)
+        order = window if starved else self._by_neighbourhood(window, max_items)
+        batch, chosen = self._fill(order, max_items)
+        youngest = max((index for index, work in enumerate(window) if work in chosen), default=0)
+        for work in window[:youngest]:
+            if work not in chosen:
+                work.passed += 1
+        self._works.extendleft(work for work in reversed(window) if work not in chosen)
+        return batch
+
+    def _by_neighbourhood(self, window: list[Work], max_items: int) -> list[Work]:
+        """`window` with the oldest's neighbours first, then the next oldest's, and so on."""
+        if self._is_slice(window, max_items):
+            return window
+        age = {work: index for index, work in enumerate(window)}
+        chains = list(self._chains(sorted(window, key=_slot_order)))
+        chains.sort(key=lambda chain: min(age[work] for work in chain))
+        # Within a chain longer than a batch, start so that its oldest is in.
+        order: list[Work] = []
+        room = max_items
+        for chain in chains:
+            items = sum(work.items for work in chain)
+            if items > room > 0:
+                chain = self._around_oldest(chain, age, room)
+            order += chain
+            room -= items
+        return order
+
+    def _is_slice(self, window: list[Work], max_items: int) -> bool:
+        """Whether the window begins with a batch of adjacent slots already, as a steady load does."""
+        items = window[0].items
+        for before, work in zip(window, window[1:], strict=False):
+            if items >= max_items:
+                break
+            if not self.adjacent(before, work):
+                return False
+            items += work.items
+        return True
+
+    @staticmethod
+    def _around_oldest(chain: list[Work], age: dict[Work, int], room: int) -> list[Work]:
+        oldest = min(range(len(chain)), key=lambda index: age[chain[index]])
+        start, items = oldest, sum(work.items for work in chain[oldest:])
+        while start and items + chain[start - 1].items <= room:
+            start -= 1
+            items += chain[start].items
+        return chain[start:] + chain[:start]
+
+    def adjacent(self, before: Work, after: Work) -> bool:
+        """Whether `after` goes on where `before`, full, ends."""
+        return before.first + before.count == after.first and before.items == before.count * self._items_per_slot
+
+    def _chains(self, works: Iterable[Work]) -> Iterator[list[Work]]:
+        chain: list[Work] = []
+        for work in works:
+            if chain and not self.adjacent(chain[-1], work):
+                yield chain
+                chain = []
+            chain.append(work)
+        if chain:
+            yield chain
+
+    def _fill(self, order: list[Work], max_items: int) -> tuple[list[Work], set[Work]]:
+        """The first works of `order` that fit, the last cut to fit; also as a set, without the cut one."""
+        batch: list[Work] = []
+        chosen: set[Work] = set()
+        room = max_items
+        for work in order:
+            if work.items <= room:
+                batch.append(work)
+                chosen.add(work)
+                room -= work.items
+            elif room // self._items_per_slot:
+                batch.append(work.split(room // self._items_per_slot, self._items_per_slot))
+                break
+            else:
+                break
+        return batch, chosen
+
+    def _reset(self, works: deque[Work]) -> None:
+        self._works = works
+        self.items = sum(work.items for work in works)
+        self.slots = sum(work.count for work in works)
+
+
+def rows_of(batch: list[Work], items_per_slot: int, segment: int = 0) -> list[m.Rows]:
+    """The batch, in slot order, as few runs as it can be."""
+    rows: list[m.Rows] = []
+    first = count = items = 0
+    for work in batch:
+        if count and first + count == work.first and items == count * items_per_slot:
+            count += work.count
+            items += work.items
+            continue
+        if count:
+            rows.append(m.Rows(segment, first, count, items))
+        first, count, items = work.first, work.count, work.items
+    rows.append(m.Rows(segment, first, count, items))
+    return rows
+
+
+def halves(batch: list[Work], items_per_slot: int) -> list[list[Work]]:
+    """Cut a batch of at least two slots in two, by slots; a batch of one stays whole."""
+    slots = sum(work.count for work in batch)
+    if slots < 2:
+        return [batch]
+    left: list[Work] = []
+    room = slots // 2
+    right = list(batch)
+    while room:
+        work = right[0]
+        if work.count <= room:
+            left.append(right.pop(0))
+            room -= work.count
+        else:
+            left.append(work.split(room, items_per_slot))
+            room = 0
+    return [left, right]

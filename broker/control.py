@@ -1,0 +1,71 @@
+"""What supervisor and broker tell each other, over a socket pair that nobody else has.
+
+::
+
+    supervisor                          broker
+      | <-- BrokerReady ------------------ |
+      | --- WorkerStarted + 2 fds -------> |  the broker's end of its lifeline, and its pidfd
+      | <-- WorkerIsReady ---------------- |
+      | --- WorkerGone ------------------> |  it ended and was reaped
+      | --- DrainNow --------------------> |
+      | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from trtpool.ipc.settings import PoolSettings
+
+
+class BrokerReady(msgspec.Struct, frozen=True, tag=1):
+    """The broker listens."""
+
+
+class WorkerStarted(msgspec.Struct, frozen=True, tag=2):
+    """A worker was started; `worker` is the supervisor's number for it, never reused."""
+
+    worker: int
+    pid: int
+
+
+class WorkerIsReady(msgspec.Struct, frozen=True, tag=3):
+    """A worker has loaded its models."""
+
+    worker: int
+
+
+class WorkerGone(msgspec.Struct, frozen=True, tag=4):
+    """A worker ended, for `reason`."""
+
+    worker: int
+    reason: str
+
+
+class DrainNow(msgspec.Struct, frozen=True, tag=5):
+    """Grant nothing more, finish what there is."""
+
+
+class IsDrained(msgspec.Struct, frozen=True, tag=6):
+    """No work is left."""
+
+
+Control: TypeAlias = BrokerReady | WorkerStarted | WorkerIsReady | WorkerGone | DrainNow | IsDrained
+
+decode = msgspec.msgpack.Decoder(Control).decode
+
+
+class SuperviseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Standard input of `python -m trtpool.broker.supervise`, as JSON.
+
+    Attributes:
+        settings: the pool.
+        parent_pid: the embedding process; when it ends the pool drains and ends.
+        answer_fd: an inherited pipe, on which one line says how the start went: empty, or a `Refusal` as JSON.
+    """
+
+    settings: PoolSettings
+    parent_pid: int
+    answer_fd: int

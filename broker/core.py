@@ -1,0 +1,638 @@
+"""The broker's decisions: a state machine with no sockets, clock or threads.
+
+`Core.handle(event, now_ns)` changes the state and returns what is to be done.  Whatever a peer sends, it
+either is legal here or is answered with an Error and changes nothing.
+
+The units of work are runs of slots, not slots: the cost of a message does not depend on how many it names.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import msgspec
+
+from trtpool.ipc import messages as m
+from trtpool.ipc.layout import ModelLayout
+from trtpool.ipc.settings import MAX_ATTEMPTS
+
+from .batching import Work, halves, rows_of
+from .events import (
+    Action,
+    Drain,
+    Drained,
+    Event,
+    Forget,
+    ProducerClosed,
+    ProducerEnded,
+    ProducerJoined,
+    Received,
+    Send,
+    TurnEnded,
+    WorkerEnded,
+    WorkerJoined,
+    WorkerReady,
+)
+from .records import Batch, LeaseRecord, Model, Producer, Request, Suspect, Worker, producer_cap
+from .reporting import report
+from .slots import Event as SlotEvent
+from .slots import IllegalTransition, State, move
+
+SURPLUS: Final = 4
+"""`again` is granted while a quarter (1 / SURPLUS) of the slots stays free, so idle clients can never hold all."""
+
+
+PRUNE_TIMERS: Final = 1024
+"""Timers of what is over are thrown away at twice as many as were left the last time, and not before so many."""
+
+
+class _Refused(Exception):
+    """A message is illegal now; answered with an Error."""
+
+    def __init__(self, code: int, text: str, request: int = 0) -> None:
+        super().__init__(text)
+        self.code = code
+        self.request = request
+
+
+class Core:
+    """See the module's docstring.
+
+    Args:
+        models: the layout of each model, in the order that messages number them.
+        max_slots_per_producer: see `PoolSettings`.
+        max_delay_us: see `PoolSettings`.
+        name, epoch, arena_bytes, started_ns: for reports.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[ModelLayout],
+        *,
+        max_slots_per_producer: int = 0,
+        max_delay_us: int = 0,
+        name: str = "default",
+        epoch: int = 1,
+        arena_bytes: int = 0,
+        started_ns: int = 0,
+    ) -> None:
+        self.models = [
+            Model(index, layout, producer_cap(layout, max_slots_per_producer)) for index, layout in enumerate(models)
+        ]
+        self._max_delay_ns = max_delay_us * 1000
+        self.name, self.epoch, self.arena_bytes, self.started_ns = name, epoch, arena_bytes, started_ns
+        self.producers: dict[int, Producer] = {}
+        self.workers: dict[int, Worker] = {}
+        self._timers: list[tuple[int, int, Request | Work | Model]] = []
+        self._actions: list[Action] = []
+        self.now_ns = started_ns
+        self._next_lease = 1
+        self._next_batch = 1
+        self._next_timer = 0
+        self._prune_at = PRUNE_TIMERS
+        self.draining = False
+        self._drained = False
+        self._suspects = 0  # groups of work that must run alone, waiting or running
+        self.violations = 0
+        self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
+            ProducerJoined: self._producer_joined,
+            WorkerJoined: self._worker_joined,
+            ProducerClosed: self._producer_closed,
+            ProducerEnded: self._producer_ended,
+            WorkerEnded: self._worker_ended,
+            Received: self._received,
+            Drain: self._drain,
+            TurnEnded: self._turn_ended,
+        }
+        self._from_producer: dict[type[Any], Callable[[Producer, Any], None]] = {
+            m.Lease: self._lease,
+            m.Submit: self._submit,
+            m.Release: self._release,
+            m.Cancel: self._cancel,
+            m.Status: self._status,
+            m.Bye: self._bye,
+        }
+        self._from_worker: dict[type[Any], Callable[[Worker, Any], None]] = {
+            m.Ready: self._ready,
+            m.Finished: self._finished,
+            m.Failed: self._failed,
+            m.Bye: self._bye,
+        }
+
+    # ------------------------------------------------------------------ in and out
+
+    def handle(self, event: Event, now_ns: int) -> list[Action]:
+        """Take one event; returns what to do, in order.  Work goes out on `TurnEnded`."""
+        self.now_ns = now_ns
+        self._event_handlers[type(event)](event)
+        actions, self._actions = self._actions, []
+        return actions
+
+    def next_timer_ns(self) -> int | None:
+        """When a `TurnEnded` is due even if nothing else happens."""
+        return self._timers[0][0] if self._timers else None
+
+    def _send(self, peer: int, message: m.FromBroker) -> None:
+        self._actions.append(Send(peer, message))
+
+    def _start_timer(self, when_ns: int, what: Request | Work | Model) -> None:
+        self._next_timer += 1
+        heapq.heappush(self._timers, (when_ns, self._next_timer, what))
+        if len(self._timers) >= self._prune_at:  # far deadlines of work that ended long ago would pile up
+            self._timers = [timer for timer in self._timers if self._is_due(timer[2])]
+            heapq.heapify(self._timers)
+            self._prune_at = max(PRUNE_TIMERS, 2 * len(self._timers))
+
+    @staticmethod
+    def _is_due(what: Request | Work | Model) -> bool:
+        """Whether a timer still has something to do."""
+        if isinstance(what, Request):
+            return not what.over
+        return isinstance(what, Model) or what.lease.states[what.at] == State.QUEUED
+
+    def _received(self, event: Received) -> None:
+        peer, message = event
+        try:
+            producer = self.producers.get(peer)
+            if producer is not None:
+                if producer.closed and type(message) is not m.Release:
+                    return  # sent before its lifeline ended; only its slots are of interest now
+                handler = self._from_producer.get(type(message))
+                if handler is None:
+                    raise _Refused(m.BAD_MESSAGE, f"a producer may not send {type(message).__name__}")
+                handler(producer, message)
+                return
+            worker = self.workers.get(peer)
+            if worker is None:
+                return  # its end was handled before this, its last, message
+            worker_handler = self._from_worker.get(type(message))
+            if worker_handler is None:
+                raise _Refused(m.BAD_MESSAGE, f"a worker may not send {type(message).__name__}")
+            worker_handler(worker, message)
+        except _Refused as refused:
+            if refused.code == m.BAD_MESSAGE:
+                self.violations += 1
+            self._send(peer, m.Error(refused.code, str(refused), refused.request))
+        except IllegalTransition as error:
+            self.violations += 1
+            self._send(peer, m.Error(m.BAD_MESSAGE, str(error)))
+
+    def _bye(self, _peer: Producer | Worker, _message: m.Bye) -> None:
+        """Said out of courtesy; what counts is the end of its lifeline."""
+
+    # ------------------------------------------------------------------ peers
+
+    def _producer_joined(self, event: ProducerJoined) -> None:
+        self.producers[event.peer] = Producer(event.peer, len(self.models))
+        self._send(event.peer, m.Welcome(self.epoch, event.peer, [model.cap for model in self.models]))
+
+    def _worker_joined(self, event: WorkerJoined) -> None:
+        self.workers[event.peer] = Worker(event.peer, event.pid)
+        self._send(event.peer, m.Welcome(self.epoch, event.peer, []))
+
+    def _ready(self, worker: Worker, message: m.Ready) -> None:
+        if worker.lanes:
+            raise _Refused(m.BAD_MESSAGE, "Ready was said before")
+        worker.device, worker.lanes = message.device, message.lanes
+        self._actions.append(WorkerReady(worker.peer))
+
+    def _producer_closed(self, event: ProducerClosed) -> None:
+        """Drop what it queued and keep its slots: its process, or a child of it, may still write to them."""
+        producer = self.producers.get(event.peer)
+        if producer is None or producer.closed:
+            return
+        producer.closed = True
+        self._forget_requests(producer)
+        for work in self._unqueue(producer):
+            move(work.lease.states, SlotEvent.DROP, work.at, work.count)
+        self._forget_if_empty(producer)
+
+    def _producer_ended(self, event: ProducerEnded) -> None:
+        producer = self.producers.get(event.peer)
+        if producer is None:
+            return
+        producer.closed = True
+        self._forget_requests(producer)
+        self._unqueue(producer)
+        for lease in list(producer.leases.values()):
+            lease.orphaned = True
+            before = bytes(lease.states)
+            move(lease.states, SlotEvent.ABANDON, 0, lease.count)
+            for at, (was, state) in enumerate(zip(before, lease.states, strict=True)):
+                if was and not state:
+                    self._free(lease, at, 1)
+        self._forget_if_empty(producer)
+
+    def _forget_requests(self, producer: Producer) -> None:
+        for model in self.models:
+            for request in model.waiting:
+                if request.producer is producer:
+                    request.over = True
+
+    def _unqueue(self, producer: Producer) -> list[Work]:
+        """Take everything that `producer` has queued out of the queues."""
+        removed = []
+        for model in self.models:
+            removed += self._withdraw(model, lambda work: work.lease.producer is producer)
+        return removed
+
+    def _withdraw(self, model: Model, chosen: Callable[[Work], bool]) -> list[Work]:
+        """Take the chosen works out of the queue and from among the suspects; they are still QUEUED."""
+        removed = [work for work in model.queue if chosen(work)]
+        if removed:
+            model.queue.remove(set(removed))
+        if model.suspects:
+            for suspect in model.suspects:
+                removed += [work for work in suspect.works if chosen(work)]
+                suspect.works = [work for work in suspect.works if not chosen(work)]
+            self._suspects -= sum(not suspect.works for suspect in model.suspects)
+            model.suspects = deque(suspect for suspect in model.suspects if suspect.works)
+        return removed
+
+    def _forget_if_empty(self, producer: Producer) -> None:
+        if producer.closed and not producer.leases and producer.peer in self.producers:
+            del self.producers[producer.peer]
+            self._actions.append(Forget(producer.peer))
+
+    def _worker_ended(self, event: WorkerEnded) -> None:
+        worker = self.workers.pop(event.peer, None)
+        if worker is None:
+            return
+        for batch in worker.batches.values():
+            self._retry(batch, m.WORKER_DIED, f"the worker ended: {event.reason}", counts=batch.alone)
+        self._actions.append(Forget(event.peer))
+
+    # ------------------------------------------------------------------ leases
+
+    def _lease(self, producer: Producer, message: m.Lease) -> None:
+        request = message.request
+        if message.model >= len(self.models):
+            raise _Refused(m.BAD_MESSAGE, f"there is no model {message.model}", request)
+        model = self.models[message.model]
+        if message.count > model.cap:
+            raise _Refused(
+                m.TOO_LARGE,
+                f"{message.count} slots were asked for and one client may hold {model.cap} of model "
+                f"{model.layout.spec.name!r}; ask for fewer, or start the pool with more --slots",
+                request,
+            )
+        if self.draining:
+            raise _Refused(m.CLOSING, "the pool is stopping and grants no more slots", request)
+        if message.wait_ns == 0:
+            self._lease_now(producer, model, message)
+            return
+        deadline = 0 if message.wait_ns is None else self.now_ns + message.wait_ns
+        waiting = Request(producer, model, request, message.count, deadline)
+        model.waiting.append(waiting)
+        if deadline:
+            self._start_timer(deadline, waiting)
+
+    def _lease_now(self, producer: Producer, model: Model, message: m.Lease) -> None:
+        """Grant at once or refuse.  Those who came before go first, unless only their own cap holds them up."""
+        self._serve_waiting(model)
+        blocked = any(self._may_hold(waiting.producer, model, waiting.count) for waiting in model.waiting)
+        if blocked or message.count > model.ring.free or not self._may_hold(producer, model, message.count):
+            raise _Refused(m.BUSY, self._busy_text(producer, model, message.count), message.request)
+        self._grant(producer, model, message.request, message.count)
+
+    @staticmethod
+    def _may_hold(producer: Producer, model: Model, count: int) -> bool:
+        """Whether `count` slots more leave the producer within its cap."""
+        return producer.held[model.index] + count <= model.cap
+
+    def _busy_text(self, producer: Producer, model: Model, count: int) -> str:
+        held = producer.held[model.index]
+        return (
+            f"{count} slots of model {model.layout.spec.name!r} did not come free in time: {model.ring.free} of "
+            f"{model.layout.slots} are free and this client holds {held} of at most {model.cap}; "
+            "release results sooner (kept arrays keep their slots), wait longer, or start the pool with more --slots"
+        )
+
+    def _serve_waiting(self, model: Model) -> None:
+        """Grant in order of arrival.  One that is at its own cap is passed by; one that lacks room blocks the rest."""
+        kept: list[Request] = []
+        waiting = model.waiting
+        while waiting:
+            request = waiting.popleft()
+            if request.over:
+                continue
+            producer = request.producer
+            if not self._may_hold(producer, model, request.count):
+                kept.append(request)
+                continue
+            if request.count > model.ring.free:
+                kept.append(request)
+                if not request.recalled:
+                    request.recalled = True
+                    self._recall(model, besides=producer)
+                break
+            request.over = True
+            self._grant(producer, model, request.request, request.count)
+        waiting.extendleft(reversed(kept))
+
+    def _recall(self, model: Model, besides: Producer) -> None:
+        """Ask the others for slots that they hold and have not submitted."""
+        for producer in self.producers.values():
+            if producer is not besides and producer.held[model.index] and not producer.closed:
+                self._send(producer.peer, m.Recall(model.index))
+
+    def _grant(self, producer: Producer, model: Model, request: int, count: int) -> None:
+        runs = model.ring.take(count)
+        if runs is None:
+            raise AssertionError("granted more than was free")
+        leases = []
+        segment = model.layout.segment
+        for first, length in runs:
+            lease = LeaseRecord(self._next_lease, producer, model, first, length)
+            self._next_lease += 1
+            producer.leases[lease.id] = lease
+            leases.append((lease.id, m.SlotRun(segment, first, length)))
+        producer.held[model.index] += count
+        self._send(producer.peer, m.Grant(request, model.index, leases))
+
+    def _find(self, producer: Producer, message: m.Submit | m.Release | m.Cancel) -> LeaseRecord:
+        lease = producer.leases.get(message.lease)
+        if lease is None:
+            raise _Refused(m.BAD_MESSAGE, f"lease {message.lease} is not yours, or was released")
+        if message.first + message.count > lease.count:
+            raise _Refused(
+                m.BAD_MESSAGE, f"slots {message.first} to {message.first + message.count} of a lease of {lease.count}"
+            )
+        return lease
+
+    def _release(self, producer: Producer, message: m.Release) -> None:
+        lease = self._find(producer, message)
+        move(lease.states, SlotEvent.RELEASE, message.first, message.count)
+        self._free(lease, message.first, message.count)
+        if producer.closed:
+            self._forget_if_empty(producer)
+
+    def _free(self, lease: LeaseRecord, at: int, count: int) -> None:
+        """Give slots back to the ring; their states are FREE already."""
+        model = lease.model
+        model.ring.give_back(lease.first + at, count)
+        lease.producer.held[model.index] -= count
+        lease.live -= count
+        if not lease.live:
+            del lease.producer.leases[lease.id]
+
+    # ------------------------------------------------------------------ work
+
+    def _submit(self, producer: Producer, message: m.Submit) -> None:
+        lease = self._find(producer, message)
+        model = lease.model
+        count, items = message.count, message.items
+        if message.seq <= lease.seq:
+            raise _Refused(m.BAD_MESSAGE, f"seq {message.seq} after {lease.seq} of lease {lease.id}")
+        if not (count - 1) * model.items_per_slot < items <= count * model.items_per_slot:
+            raise _Refused(
+                m.BAD_MESSAGE,
+                f"{items} items in {count} slots of {model.items_per_slot}: all but the last slot must be full",
+            )
+        if message.again > model.cap:
+            raise _Refused(m.BAD_MESSAGE, f"again {message.again} is above the cap of {model.cap}")
+        move(lease.states, SlotEvent.SUBMIT, message.first, count)
+        lease.seq = message.seq
+        deadline = 0 if message.deadline_ns is None else self.now_ns + max(1, message.deadline_ns)
+        work = Work(lease, message.first, count, items, message.seq, self.now_ns, deadline, message.again)
+        model.queue.add(work)
+        if deadline:
+            self._start_timer(deadline, work)
+
+    def _cancel(self, producer: Producer, message: m.Cancel) -> None:
+        """Drop the works that lie wholly within what is named; too late is no error."""
+        lease = producer.leases.get(message.lease)
+        if lease is None:
+            return
+        end = message.first + message.count
+        mine = self._withdraw(
+            lease.model, lambda w: w.lease is lease and message.first <= w.at and w.at + w.count <= end
+        )
+        for work in sorted(mine, key=lambda work: work.at):
+            move(lease.states, SlotEvent.DROP, work.at, work.count)
+            self._end(work, m.CANCELLED, "it was cancelled before it was dispatched")
+
+    def _end(self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+        """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
+        lease = work.lease
+        totals = lease.model.totals
+        if status == m.OK:
+            totals.items += work.items
+        else:
+            totals.failed_items += work.items
+        self._send(lease.producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
+
+    def _grant_again(self, work: Work) -> None:
+        """Grant the slots that a Submit asked for in advance, if nobody goes short by it."""
+        model, producer, count = work.lease.model, work.lease.producer, work.again
+        if (
+            not model.waiting
+            and not self.draining
+            and not producer.closed
+            and model.ring.free - count >= model.layout.slots // SURPLUS
+            and self._may_hold(producer, model, count)
+        ):
+            self._grant(producer, model, 0, count)
+
+    def _finished(self, worker: Worker, message: m.Finished) -> None:
+        batch = worker.batches.get(message.batch)
+        if batch is None or batch.attempt != message.attempt:
+            raise _Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
+        del worker.batches[batch.id]
+        self._suspects -= batch.alone
+        totals = batch.model.totals
+        totals.batches += 1
+        totals.runs += batch.runs
+        totals.gathered_items += message.gathered_items
+        totals.copy_in_ns += message.copy_in_ns
+        totals.compute_ns += message.compute_ns
+        totals.copy_out_ns += message.copy_out_ns
+        for work in batch.works:
+            lease = work.lease
+            if lease.orphaned:
+                self._free_orphan(work)
+                continue
+            queue_ns = batch.dispatched_ns - work.queued_ns
+            totals.queue_ns += queue_ns * work.items
+            move(lease.states, SlotEvent.FINISH, work.at, work.count)
+            self._end(work, m.OK, "", (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns))
+            if work.again:
+                self._grant_again(work)
+
+    def _free_orphan(self, work: Work) -> None:
+        move(work.lease.states, SlotEvent.ORPHAN, work.at, work.count)
+        self._free(work.lease, work.at, work.count)
+        self._forget_if_empty(work.lease.producer)
+
+    def _failed(self, worker: Worker, message: m.Failed) -> None:
+        batch = worker.batches.get(message.batch)
+        if batch is None or batch.attempt != message.attempt:
+            raise _Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
+        del worker.batches[batch.id]
+        self._retry(batch, m.ENGINE_FAILED, message.text, counts=True)
+
+    def _retry(self, batch: Batch, status: int, text: str, *, counts: bool) -> None:
+        """Put a batch back: in halves, each to run alone, down to one slot, which fails after `MAX_ATTEMPTS`.
+
+        Args:
+            counts: whether the failure is one that a slot which ran alone is to blame for.
+        """
+        model = batch.model
+        model.totals.retries += 1
+        self._suspects -= batch.alone
+        works = []
+        for work in batch.works:
+            if work.lease.orphaned:
+                self._free_orphan(work)
+            elif work.lease.producer.closed:
+                move(work.lease.states, SlotEvent.FINISH, work.at, work.count)
+            else:
+                works.append(work)
+        if not works:
+            return
+        if len(works) == 1 and works[0].count == 1 and counts:
+            work = works[0]
+            work.attempts += 1
+            if work.attempts >= MAX_ATTEMPTS:
+                move(work.lease.states, SlotEvent.FINISH, work.at, work.count)
+                self._end(work, status, f"{text} (tried alone {work.attempts} times)"[:4096])
+                return
+        for group in halves(works, model.items_per_slot):
+            for work in group:
+                move(work.lease.states, SlotEvent.RETRY, work.at, work.count)
+                if work.deadline_ns:  # a half has no timer yet, and the whole's may have been thrown away
+                    self._start_timer(work.deadline_ns, work)
+            model.suspects.append(Suspect(group, batch.attempt + 1))
+            self._suspects += 1
+
+    # ------------------------------------------------------------------ the turn
+
+    def _drain(self, _event: Drain) -> None:
+        self.draining = True
+        for model in self.models:
+            for request in model.waiting:
+                if not request.over:
+                    text = "the pool is stopping and grants no more slots"
+                    request.over = True  # its timer must not answer it again
+                    self._send(request.producer.peer, m.Error(m.CLOSING, text, request.request))
+            model.waiting.clear()
+
+    def _turn_ended(self, _event: TurnEnded) -> None:
+        if self._timers and self._timers[0][0] <= self.now_ns:
+            self._fire_timers()
+        for model in self.models:
+            if model.waiting:
+                self._serve_waiting(model)
+        if self._suspects:
+            self._dispatch_suspects()
+        self._dispatch()
+        if self.draining and not self._drained and not self._has_work():
+            self._drained = True
+            self._actions.append(Drained())
+
+    def _has_work(self) -> bool:
+        return any(model.queue.items or model.suspects for model in self.models) or any(
+            worker.batches for worker in self.workers.values()
+        )
+
+    def _fire_timers(self) -> None:
+        dropped: dict[Model, set[Work]] = {}
+        while self._timers and self._timers[0][0] <= self.now_ns:
+            what = heapq.heappop(self._timers)[2]
+            if isinstance(what, Request):
+                if not what.over:
+                    what.over = True
+                    text = self._busy_text(what.producer, what.model, what.count)
+                    self._send(what.producer.peer, m.Error(m.BUSY, text, what.request))
+            elif isinstance(what, Work) and self._is_due(what):
+                dropped.setdefault(what.lease.model, set()).add(what)
+        for model, late in dropped.items():
+            for work in self._withdraw(model, late.__contains__):
+                self._expire(work)
+
+    def _expire(self, work: Work) -> None:
+        move(work.lease.states, SlotEvent.DROP, work.at, work.count)
+        waited_ms = (self.now_ns - work.queued_ns) / 1e6
+        self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
+
+    def _dispatch(self) -> None:
+        """Make batches while a worker can take one, for the model whose oldest work is the oldest."""
+        while True:
+            model = None
+            for candidate in self.models:
+                if candidate.queue.items and not self._held_back(candidate):
+                    if model is None or candidate.queue.oldest.queued_ns < model.queue.oldest.queued_ns:
+                        model = candidate
+            worker = self._pick_worker() if model else None
+            if model is None or worker is None:
+                return
+            works = model.queue.take(model.max_batch)
+            late = [work for work in works if work.deadline_ns and work.deadline_ns <= self.now_ns]
+            for work in late:
+                self._expire(work)
+                works.remove(work)
+            if works:
+                self._run(worker, model, works, attempt=0, alone=False)
+
+    def _held_back(self, model: Model) -> bool:
+        """Whether a batch that is not full should wait for `max_delay_us` to pass."""
+        if not self._max_delay_ns or model.queue.items >= model.max_batch or self.draining:
+            return False
+        until = model.queue.oldest.queued_ns + self._max_delay_ns
+        if until <= self.now_ns:
+            return False
+        if model.hold_until_ns != until:
+            model.hold_until_ns = until
+            self._start_timer(until, model)
+        return True
+
+    def _pick_worker(self) -> Worker | None:
+        """The worker with the fewest batches that may take one more: as many as it has lanes, and one to come.
+
+        While there are suspects, the first worker is kept for them.
+        """
+        reserved = self._reserved()
+        best = None
+        for worker in self.workers.values():
+            if worker is reserved or len(worker.batches) > worker.lanes or not worker.lanes:
+                continue
+            if best is None or len(worker.batches) < len(best.batches):
+                best = worker
+        return best
+
+    def _reserved(self) -> Worker | None:
+        """The worker that suspects run on: one that runs a suspect now, else the first that is ready."""
+        if not self._suspects:
+            return None
+        ready = [worker for worker in self.workers.values() if worker.lanes]
+        for worker in ready:
+            if any(batch.alone for batch in worker.batches.values()):
+                return worker
+        return ready[0] if ready else None
+
+    def _dispatch_suspects(self) -> None:
+        worker = self._reserved()
+        if worker is None or worker.batches:
+            return
+        for model in self.models:
+            if model.suspects:
+                suspect = model.suspects.popleft()
+                self._run(worker, model, suspect.works, suspect.attempt, alone=True)
+                return
+
+    def _run(self, worker: Worker, model: Model, works: list[Work], attempt: int, *, alone: bool) -> None:
+        for work in works:
+            move(work.lease.states, SlotEvent.DISPATCH, work.at, work.count)
+        rows = rows_of(works, model.items_per_slot, model.layout.segment)
+        batch = Batch(self._next_batch, model, works, len(rows), attempt, alone, self.now_ns)
+        self._next_batch += 1
+        worker.batches[batch.id] = batch
+        self._send(worker.peer, m.Run(batch.id, attempt, model.index, rows))
+
+    # ------------------------------------------------------------------ figures
+
+    def _status(self, producer: Producer, message: m.Status) -> None:
+        self._send(producer.peer, m.Report(message.request, msgspec.json.encode(report(self))))

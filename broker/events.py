@@ -1,0 +1,85 @@
+"""What the core is told, and what it answers.  Peers are numbers, never reused; times are `monotonic_ns`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+from trtpool.ipc.messages import FromBroker, ToBroker
+
+
+class ProducerJoined(NamedTuple):
+    """A client proved who it is."""
+
+    peer: int
+
+
+class WorkerJoined(NamedTuple):
+    """A worker proved who it is; it is not ready yet."""
+
+    peer: int
+    pid: int
+
+
+class Received(NamedTuple):
+    """One message from a peer that has joined."""
+
+    peer: int
+    message: ToBroker
+
+
+class ProducerClosed(NamedTuple):
+    """Its lifeline ended while its process lives: what it holds is quarantined until that ends too."""
+
+    peer: int
+
+
+class ProducerEnded(NamedTuple):
+    """Its process has ended."""
+
+    peer: int
+
+
+class WorkerEnded(NamedTuple):
+    """Its process has ended and was reaped; no device writes for it any more."""
+
+    peer: int
+    reason: str
+
+
+class Drain(NamedTuple):
+    """Grant nothing new and say when all work is done."""
+
+
+class TurnEnded(NamedTuple):
+    """Every socket has been read: serve who waits, make batches, look at the clock."""
+
+
+Event: TypeAlias = (
+    ProducerJoined | WorkerJoined | Received | ProducerClosed | ProducerEnded | WorkerEnded | Drain | TurnEnded
+)
+
+
+class Send(NamedTuple):
+    """Send a message to a peer."""
+
+    peer: int
+    message: FromBroker
+
+
+class Forget(NamedTuple):
+    """The peer is gone and nothing of it is left."""
+
+    peer: int
+
+
+class WorkerReady(NamedTuple):
+    """A worker has loaded its models."""
+
+    peer: int
+
+
+class Drained(NamedTuple):
+    """No work is left; said once, after Drain."""
+
+
+Action: TypeAlias = Send | Forget | WorkerReady | Drained

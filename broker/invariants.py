@@ -1,0 +1,73 @@
+"""Every invariant of the core, in one place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .batching import Work
+from .records import Model
+from .slots import State
+
+if TYPE_CHECKING:
+    from .core import Core
+
+
+def validate(core: Core) -> None:
+    """Assert every invariant; for tests, after every event."""
+    taken = [bytearray(model.layout.slots) for model in core.models]
+    held = {producer.peer: [0] * len(core.models) for producer in core.producers.values()}
+    for producer in core.producers.values():
+        assert producer.leases or not producer.closed, "a closed producer that holds nothing is still known"
+        for lease in producer.leases.values():
+            assert lease.producer is producer
+            assert 0 < lease.live == lease.count - lease.states.count(State.FREE), "a lease has lost count"
+            if lease.orphaned:
+                assert set(lease.states) <= {State.FREE, State.RUNNING}, "an orphan's slot was not freed"
+            for at, state in enumerate(lease.states):
+                if state != State.FREE:
+                    slot = lease.first + at
+                    assert not taken[lease.model.index][slot], f"slot {slot} has two owners"
+                    taken[lease.model.index][slot] = 1
+                    held[producer.peer][lease.model.index] += 1
+        assert producer.held == held[producer.peer], "a producer's slots were miscounted"
+        for model in core.models:
+            assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
+    for model in core.models:
+        model.ring.validate(taken[model.index])
+        queued = list(model.queue) + [work for suspect in model.suspects for work in suspect.works]
+        _validate_works(core, model, queued, State.QUEUED)
+        assert model.queue.items == sum(work.items for work in model.queue), "the queue lost count of items"
+        assert model.queue.slots == sum(work.count for work in model.queue), "the queue lost count of slots"
+        running = [
+            work
+            for worker in core.workers.values()
+            for batch in worker.batches.values()
+            if batch.model is model
+            for work in batch.works
+        ]
+        _validate_works(core, model, running, State.RUNNING)
+        for request in model.waiting:
+            assert request.over or request.producer.peer in core.producers, "one that left still waits"
+    for worker in core.workers.values():
+        assert len(worker.batches) <= worker.lanes + 1, "a worker was sent more than its credit"
+        if any(batch.alone for batch in worker.batches.values()):
+            assert len(worker.batches) == 1, "a suspect does not run alone"
+
+
+def _validate_works(core: Core, model: Model, works: list[Work], state: State) -> None:
+    """Every slot in `state` is in exactly one work, and the works name no other."""
+    expected = sum(
+        lease.states.count(state)
+        for producer in core.producers.values()
+        for lease in producer.leases.values()
+        if lease.model is model
+    )
+    assert sum(work.count for work in works) == expected, f"{state.name} slots and works differ"
+    seen: set[int] = set()
+    for work in works:
+        slots = range(work.first, work.first + work.count)
+        assert seen.isdisjoint(slots), f"a {state.name} slot is in two works"
+        seen.update(slots)
+        states = work.lease.states[work.at : work.at + work.count]
+        assert states == bytes([state]) * work.count, f"a work's slots are not {state.name}"
+        assert (work.count - 1) * model.items_per_slot < work.items <= work.count * model.items_per_slot

@@ -1,0 +1,439 @@
+"""The broker's loop: all of its input and output, around a `Core` that decides.
+
+One turn: sleep until something happens; read lifelines, pidfds, the control socket and every ZeroMQ message
+that has arrived; let the core end its turn, which makes batches of all of it; send each peer at most one frame.
+
+One epoll watches everything.  ZeroMQ's descriptor is in it beside the others, since 256 descriptors in a
+`zmq.Poller` cost 28 us a poll, and in an epoll 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import time
+from collections import deque
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import zmq
+
+from trtpool.ipc import lifeline
+from trtpool.ipc import messages as m
+from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
+from trtpool.ipc.rundir import ZMQ_PREFIX
+from trtpool.ipc.settings import MAX_FRAME_BYTES, PROTOCOL_VERSION, BrokerConfig
+
+from . import control as c
+from . import events as e
+from .core import Core
+from .doorman import Doorman
+
+log = logging.getLogger("trtpool.broker")
+
+MAX_FRAMES_A_TURN: Final = 256
+MAX_OUTBOX_FRAMES: Final = 1024
+"""Frames kept for a peer that reads too slowly; one more ends its connection."""
+
+RETRY_NS: Final = 5_000_000
+"""How long until a full outbox is tried again, and new connections after running out of descriptors."""
+
+FINE_TIMER_NS: Final = 10_000_000
+"""Timers nearer than this are slept for by select(2), whose resolution is better than epoll's millisecond."""
+
+BYE_LINGER_MS: Final = 5000
+
+
+class _Peer:
+    """A lifeline, and the process behind it."""
+
+    __slots__ = ("number", "outbox", "pid", "pidfd", "sock", "worker")
+
+    def __init__(self, number: int, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
+        self.number = number
+        self.sock = sock
+        self.pidfd = pidfd
+        self.pid = pid
+        self.worker = worker
+        self.outbox: deque[bytes] = deque()
+
+
+class Loop:
+    """Serves until drained, or until the supervisor ends.
+
+    Args:
+        config: what to serve; its descriptors become the loop's.
+    """
+
+    def __init__(self, config: BrokerConfig) -> None:
+        self._config = config
+        self._core = Core(
+            config.layout.models,
+            max_slots_per_producer=config.max_slots_per_producer,
+            max_delay_us=config.max_delay_us,
+            name=config.name,
+            epoch=config.epoch,
+            arena_bytes=config.layout.segment_bytes,
+            started_ns=time.monotonic_ns(),
+        )
+        self._doorman = Doorman()
+        self._peers: dict[int, _Peer] = {}
+        self._by_fd: dict[int, _Peer] = {}
+        self._slow: set[_Peer] = set()
+        self._next_peer = 1
+        self._accept_again_ns = 0
+        self._finished = False
+        self._actions: list[e.Action] = []
+        self._listener = socket.socket(fileno=config.listener_fd)
+        self._control = socket.socket(fileno=config.control_fd)
+        self._control.setblocking(False)
+        self._endpoint = f"ipc://{Path(config.run_dir) / ZMQ_PREFIX}{config.epoch}"
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._router = self._context.socket(zmq.ROUTER)
+        self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._router.setsockopt(zmq.LINGER, BYE_LINGER_MS)
+        self._router.bind(self._endpoint)
+        self._zmq_fd = int(self._router.getsockopt(zmq.FD))
+        self._epoll = select.epoll()
+        for fd in (self._zmq_fd, self._listener.fileno(), self._control.fileno()):
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def run(self) -> None:
+        """Serve."""
+        self._tell(c.BrokerReady())
+        while not self._finished:
+            for fd in self._sleep():
+                self._look_at(fd)
+            self._read_messages()
+            self._decide(e.TurnEnded())
+            self._act()
+        self._say_bye()
+
+    # ------------------------------------------------------------------ sleeping
+
+    def _sleep(self) -> list[int]:
+        """Wait for the next thing to happen; returns the descriptors that it happened to."""
+        timeout_s: float | None = None
+        if self._has_messages():
+            timeout_s = 0
+        else:
+            timers = [self._core.next_timer_ns(), self._accept_again_ns or None]
+            if self._slow:
+                timers.append(time.monotonic_ns() + RETRY_NS)
+            due = [timer for timer in timers if timer is not None]
+            if due:
+                left_ns = max(0, min(due) - time.monotonic_ns())
+                timeout_s = left_ns / 1e9
+                if 0 < left_ns < FINE_TIMER_NS:
+                    select.select([self._epoll.fileno()], [], [], timeout_s)
+                    timeout_s = 0
+        return [fd for fd, _ in self._epoll.poll(timeout_s)]
+
+    def _has_messages(self) -> bool:
+        return bool(self._router.getsockopt(zmq.EVENTS) & zmq.POLLIN)  # type: ignore[operator, arg-type]
+
+    def _look_at(self, fd: int) -> None:
+        if fd == self._zmq_fd:
+            return
+        if fd == self._listener.fileno():
+            self._accept()
+        elif fd == self._control.fileno():
+            self._read_control()
+        else:
+            peer = self._by_fd.get(fd)
+            if peer is not None and fd == peer.pidfd:
+                self._process_ended(peer)
+            elif peer is not None:
+                self._lifeline_moved(peer)
+
+    # ------------------------------------------------------------------ lifelines
+
+    def _accept(self) -> None:
+        now = time.monotonic_ns()
+        if now < self._accept_again_ns:
+            return
+        self._accept_again_ns = 0
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.warning("no more connections for now: %s; raise the limit on open files (ulimit -n)", error)
+                    self._accept_again_ns = now + 20 * RETRY_NS
+                    return
+                continue  # it gave up before we came to it
+            try:
+                self._admit(sock)
+            except ProcessLookupError:
+                sock.close()
+            except OSError as error:
+                log.warning("a connection was dropped: %s", error)
+                sock.close()
+
+    def _admit(self, sock: socket.socket) -> None:
+        who = peer_credentials(sock)
+        if who.uid != os.getuid():
+            log.warning("user %d was refused (process %d)", who.uid, who.pid)
+            lifeline.send_packet(sock, lifeline.Denial(f"user {who.uid} may not attach to pool {self._config.name!r}"))
+            sock.close()
+            return
+        self._add_peer(sock, peer_pidfd(sock), who.pid, worker=None)
+
+    def _add_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
+        number = self._next_peer
+        self._next_peer += 1
+        sock.setblocking(False)
+        peer = _Peer(number, sock, pidfd, pid, worker)
+        description = lifeline.Description(
+            version=PROTOCOL_VERSION,
+            epoch=self._config.epoch,
+            pool=self._config.name,
+            endpoint=self._endpoint,
+            token=self._doorman.issue(number),
+            layout=self._config.layout,
+        )
+        try:
+            lifeline.send_packet(sock, description, [self._config.arena_fd])
+        except OSError:
+            os.close(pidfd)
+            self._doorman.forget(number)
+            raise
+        self._peers[number] = peer
+        self._by_fd[sock.fileno()] = self._by_fd[pidfd] = peer
+        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        # A worker's end counts when the supervisor has reaped it, and says so.
+        if worker is None:
+            self._epoll.register(pidfd, select.EPOLLIN)
+        log.debug("peer %d is process %d%s", number, pid, "" if worker is None else f", worker {worker}")
+
+    def _lifeline_moved(self, peer: _Peer) -> None:
+        try:
+            data = peer.sock.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if data:
+            log.warning("peer %d (process %d) wrote to its lifeline, and is cut off", peer.number, peer.pid)
+        self._cut_off(peer)
+
+    def _cut_off(self, peer: _Peer) -> None:
+        """Close the lifeline; what the peer holds is free when its process has ended."""
+        if peer.sock.fileno() < 0:
+            return
+        fd = peer.sock.fileno()
+        self._epoll.unregister(fd)
+        del self._by_fd[fd]
+        peer.sock.close()
+        self._slow.discard(peer)
+        if peer.worker is None:
+            if self._doorman.identity_of(peer.number) is None:
+                self._forget(peer)  # it never said Hello
+            else:
+                self._decide(e.ProducerClosed(peer.number))
+
+    def _process_ended(self, peer: _Peer) -> None:
+        if not has_ended(peer.pidfd):
+            return
+        log.debug("peer %d: process %d ended", peer.number, peer.pid)
+        self._cut_off(peer)
+        if peer.number in self._peers:
+            self._decide(e.ProducerEnded(peer.number))
+            # The core forgets it when what runs for it has ended; its process needs no more watching.
+            if peer.number in self._peers and peer.pidfd in self._by_fd:
+                self._epoll.unregister(peer.pidfd)
+                del self._by_fd[peer.pidfd]
+
+    def _forget(self, peer: _Peer) -> None:
+        if self._peers.pop(peer.number, None) is None:
+            return
+        self._doorman.forget(peer.number)
+        self._slow.discard(peer)
+        for fd in (peer.sock.fileno(), peer.pidfd):
+            if self._by_fd.pop(fd, None) is not None:
+                with contextlib.suppress(OSError):
+                    self._epoll.unregister(fd)
+        peer.sock.close()
+        os.close(peer.pidfd)
+
+    # ------------------------------------------------------------------ the supervisor
+
+    def _read_control(self) -> None:
+        while True:
+            try:
+                data, fds = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            if not data:
+                raise SystemExit("the supervisor ended")
+            message = c.decode(data)
+            if isinstance(message, c.WorkerStarted):
+                sock_fd, pidfd = fds
+                try:
+                    self._add_peer(socket.socket(fileno=sock_fd), pidfd, message.pid, message.worker)
+                except OSError as error:  # it ended already; WorkerGone follows
+                    log.debug("worker %d took no description: %s", message.worker, error)
+            elif isinstance(message, c.WorkerGone):
+                self._worker_gone(message)
+            elif isinstance(message, c.DrainNow):
+                self._decide(e.Drain())
+
+    def _worker_gone(self, message: c.WorkerGone) -> None:
+        for peer in self._peers.values():
+            if peer.worker == message.worker:
+                self._read_messages()  # what it had finished before it ended counts
+                self._decide(e.WorkerEnded(peer.number, message.reason))
+                self._forget(peer)
+                return
+
+    def _tell(self, message: c.Control) -> None:
+        lifeline.send_packet(self._control, message)
+
+    # ------------------------------------------------------------------ messages in
+
+    def _read_messages(self) -> None:
+        router = self._router
+        for _ in range(MAX_FRAMES_A_TURN):
+            try:
+                identity = router.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            frame = router.recv(zmq.NOBLOCK)
+            whole = True
+            while router.getsockopt(zmq.RCVMORE):
+                router.recv(zmq.NOBLOCK)
+                whole = False
+            self._take_frame(identity, frame if whole else b"")
+
+    def _take_frame(self, identity: bytes, frame: bytes) -> None:
+        number = self._doorman.peer_of(identity)
+        try:
+            messages = m.decode_to_broker(frame)
+        except ProtocolError as error:
+            if number is not None:
+                self._core.violations += 1
+                self._actions.append(e.Send(number, m.Error(m.BAD_MESSAGE, str(error))))
+            else:
+                self._turn_away(identity)
+            return
+        if number is None:
+            number = self._greet(identity, messages[0])
+            if number is None:
+                return
+            del messages[0]
+        now = time.monotonic_ns()
+        handle = self._core.handle
+        for message in messages:
+            self._actions += handle(e.Received(number, message), now)
+
+    def _greet(self, identity: bytes, message: m.ToBroker) -> int | None:
+        number = self._doorman.bind(identity, message.token) if isinstance(message, m.Hello) else None
+        peer = self._peers.get(number) if number is not None else None
+        if number is None or peer is None:
+            self._turn_away(identity)
+            return None
+        if peer.worker is None:
+            self._decide(e.ProducerJoined(number))
+        else:
+            self._decide(e.WorkerJoined(number, peer.pid))
+        return number
+
+    def _turn_away(self, identity: bytes) -> None:
+        self._core.violations += 1
+        if self._doorman.turn_away(identity):
+            frame = m.encode([m.Error(m.DENIED, "the first message must be Hello with a token of this pool")])
+            with contextlib.suppress(zmq.ZMQError):
+                self._router.send_multipart([identity, frame], zmq.NOBLOCK)
+
+    # ------------------------------------------------------------------ decisions out
+
+    def _decide(self, event: e.Event) -> None:
+        self._actions += self._core.handle(event, time.monotonic_ns())
+
+    def _act(self) -> None:
+        """Carry out what the core decided in this turn, one frame a peer."""
+        for peer in list(self._slow):
+            self._send_outbox(peer)
+        if not self._actions:
+            return
+        actions, self._actions = self._actions, []
+        frames: dict[int, list[m.FromBroker]] = {}
+        forgotten = []
+        for action in actions:
+            if isinstance(action, e.Send):
+                frames.setdefault(action.peer, []).append(action.message)
+            elif isinstance(action, e.Forget):
+                forgotten.append(action.peer)
+            elif isinstance(action, e.WorkerReady):
+                worker = self._peers[action.peer].worker
+                assert worker is not None
+                self._tell(c.WorkerIsReady(worker))
+            else:
+                self._tell(c.IsDrained())
+                self._finished = True
+        for number, messages in frames.items():
+            reader = self._peers.get(number)
+            if reader is not None:
+                self._send(reader, m.encode(messages))
+        for number in forgotten:
+            gone = self._peers.get(number)
+            if gone is not None and gone.worker is None:
+                self._forget(gone)
+
+    def _send(self, peer: _Peer, frame: bytes) -> None:
+        if peer.outbox:
+            peer.outbox.append(frame)
+        elif not self._try_send(peer, frame):
+            peer.outbox.append(frame)
+            self._slow.add(peer)
+        if len(peer.outbox) > MAX_OUTBOX_FRAMES:
+            log.warning("peer %d (process %d) reads too slowly, and is cut off", peer.number, peer.pid)
+            peer.outbox.clear()
+            self._cut_off(peer)
+
+    def _try_send(self, peer: _Peer, frame: bytes) -> bool:
+        identity = self._doorman.identity_of(peer.number)
+        if identity is None:
+            return True
+        try:
+            self._router.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
+            self._router.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            if error.errno != errno.EHOSTUNREACH:
+                raise
+            # Its ZeroMQ connection is gone; the end of its lifeline follows.
+        return True
+
+    def _send_outbox(self, peer: _Peer) -> None:
+        while peer.outbox and self._try_send(peer, peer.outbox[0]):
+            peer.outbox.popleft()
+        if not peer.outbox:
+            self._slow.discard(peer)
+
+    def _say_bye(self) -> None:
+        """Tell all who are left, wait until that is out, and close."""
+        frame = m.encode([m.Bye(f"pool {self._config.name!r} was stopped")])
+        for peer in self._peers.values():
+            with contextlib.suppress(zmq.ZMQError):
+                self._try_send(peer, frame)
+        self._router.close()
+        self._context.term()
+        for peer in list(self._peers.values()):
+            self._forget(peer)
+        self._epoll.close()
+
+
+def configure(raw: bytes) -> BrokerConfig:
+    """The broker's configuration from its standard input."""
+    return msgspec.json.decode(raw, type=BrokerConfig)

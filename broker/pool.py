@@ -1,0 +1,169 @@
+"""`trtpool.Pool`: a pool that belongs to the process which made it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from trtpool.ipc.client import Client
+from trtpool.ipc.errors import ConfigError, StartFailed
+from trtpool.ipc.process import describe_exit
+from trtpool.ipc.rundir import default_root
+from trtpool.ipc.settings import EngineSettings, ModelSource, PoolSettings, Refusal
+
+from .control import SuperviseConfig
+from .planning import child_environment, error_of
+
+_numbers = itertools.count(1)
+
+STOP_GRACE_S: Final = 15.0
+
+
+def model_source(text: str | os.PathLike[str]) -> ModelSource:
+    """A model as users name it: a file, or ``NAME=FILE``; without a name it is the file's stem."""
+    name, equals, path = os.fspath(text).partition("=")
+    if not equals or os.sep in name:
+        name, path = "", os.fspath(text)
+    if not path:
+        raise ConfigError(f"no file is named in {os.fspath(text)!r}; write FILE or NAME=FILE")
+    return ModelSource(os.path.abspath(path), name or Path(path).stem)
+
+
+def make_settings(models: Sequence[str | os.PathLike[str]], run_dir: Path, **options: object) -> PoolSettings:
+    """Checked settings.
+
+    Raises:
+        ConfigError: an option is out of bounds; the text says which.
+    """
+    sources = tuple(model_source(model) for model in models)
+    try:
+        return msgspec.convert({"models": msgspec.to_builtins(sources), "run_dir": os.fspath(run_dir), **options}, PoolSettings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"a setting is not possible: {error}") from error
+
+
+class Pool(Client):
+    """Start a pool of this process's own and connect to it: ``with trtpool.Pool(model="det.onnx") as pool: ...``.
+
+    The pool runs in processes of its own and ends with this one, however this one ends.  Other processes attach
+    with ``pool.handle()``.
+
+    Args:
+        model: an ONNX file, ``NAME=FILE``, or a list of them.
+        device: "cpu".
+        shapes: item shapes, by input name, for models that leave them open.
+        threads: threads in one engine call; 0 shares the machine's CPUs out among the workers.
+        name: the pool's name; made up by default.
+        run_dir: its run directory; by default one for that name.
+        workers, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer, drain_timeout_s:
+            see `trtpool.ipc.settings.PoolSettings`.
+
+    Raises:
+        ConfigError: a model, an option or the run directory must change; the kind says which.
+        StartFailed: the pool's processes did not become ready.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        *,
+        device: str = "cpu",
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        threads: int = 0,
+        name: str | None = None,
+        run_dir: str | os.PathLike[str] | None = None,
+        workers: int = 1,
+        slots: int = 0,
+        items_per_slot: int = 1,
+        max_batch: int = 0,
+        max_delay_us: int = 0,
+        max_slots_per_producer: int = 0,
+        drain_timeout_s: float = 30.0,
+    ) -> None:
+        self._session = None
+        self._process: subprocess.Popen[bytes] | None = None
+        name = name or f"embedded-{os.getpid()}-{next(_numbers)}"
+        directory = Path(os.path.abspath(run_dir)) if run_dir else default_root() / name
+        models = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+        engine = EngineSettings(
+            device=device, threads=threads, shapes={key: tuple(shape) for key, shape in (shapes or {}).items()}
+        )
+        settings = make_settings(
+            models,
+            directory,
+            name=name,
+            engine=msgspec.to_builtins(engine),
+            workers=workers,
+            slots=slots,
+            items_per_slot=items_per_slot,
+            max_batch=max_batch,
+            max_delay_us=max_delay_us,
+            max_slots_per_producer=max_slots_per_producer,
+            drain_timeout_s=drain_timeout_s,
+        )
+        self._owner = os.getpid()
+        self._drain_timeout_s = drain_timeout_s
+        self._process = _start(settings)
+        try:
+            super().__init__(directory)
+        except BaseException:
+            self._stop()
+            raise
+
+    def close(self) -> None:
+        """Disconnect, let work in flight finish, and end the pool.  Again: nothing."""
+        super().close()
+        self._stop()
+
+    def _stop(self) -> None:
+        process, self._process = self._process, None
+        if process is None or os.getpid() != self._owner:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(self._drain_timeout_s + STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()  # its children end with it
+            process.wait()
+
+
+def _start(settings: PoolSettings) -> subprocess.Popen[bytes]:
+    """Start the supervisor and wait until the pool serves."""
+    read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
+    with open(read_fd, "rb") as answer:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "trtpool.broker.supervise"],
+                stdin=subprocess.PIPE,
+                stdout=2,
+                pass_fds=[write_fd],
+                env=child_environment(),
+                start_new_session=True,
+            )
+        finally:
+            os.close(write_fd)
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(msgspec.json.encode(SuperviseConfig(settings, os.getpid(), write_fd)))
+            line = answer.readline()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if line == b"\n":
+        return process
+    how = describe_exit(process.wait())
+    if line:
+        raise error_of(msgspec.json.decode(line, type=Refusal))
+    raise StartFailed(f"the pool's supervisor ended while it started: {how}; what it said is on standard error")

@@ -1,0 +1,144 @@
+"""What the core keeps of leases, peers, batches and models.
+
+::
+
+    Producer --< LeaseRecord --< Work (queued, or in a batch)
+    Worker --< Batch --< Work
+    Model: ring of slots, waiting requests, queue, suspects
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from trtpool.ipc.layout import ModelLayout
+
+from .batching import Work, WorkQueue
+from .slots import Ring
+
+
+class LeaseRecord:
+    """A producer's right to a run of slots. `states` has one `State` a slot; FREE: released already."""
+
+    __slots__ = ("count", "first", "id", "live", "model", "orphaned", "producer", "seq", "states")
+
+    def __init__(self, lease_id: int, producer: Producer, model: Model, first: int, count: int) -> None:
+        self.id = lease_id
+        self.producer = producer
+        self.model = model
+        self.first = first
+        self.count = count
+        self.live = count
+        self.seq = -1
+        self.orphaned = False
+        self.states = bytearray(b"\x01" * count)
+
+
+class Request:
+    """A lease request that waits. `deadline_ns` 0: for ever."""
+
+    __slots__ = ("count", "deadline_ns", "model", "over", "producer", "recalled", "request")
+
+    def __init__(self, producer: Producer, model: Model, request: int, count: int, deadline_ns: int) -> None:
+        self.producer = producer
+        self.model = model
+        self.request = request
+        self.count = count
+        self.deadline_ns = deadline_ns
+        self.over = False
+        self.recalled = False
+
+
+class Producer:
+    """A client. `held` counts its slots of each model."""
+
+    __slots__ = ("closed", "held", "leases", "peer")
+
+    def __init__(self, peer: int, models: int) -> None:
+        self.peer = peer
+        self.held = [0] * models
+        self.leases: dict[int, LeaseRecord] = {}
+        self.closed = False
+
+
+class Worker:
+    """A worker process. `batches` are those it has been sent and not answered."""
+
+    __slots__ = ("batches", "device", "lanes", "peer", "pid")
+
+    def __init__(self, peer: int, pid: int) -> None:
+        self.peer = peer
+        self.pid = pid
+        self.device = ""
+        self.lanes = 0
+        self.batches: dict[int, Batch] = {}
+
+
+class Batch:
+    """Work sent to a worker together."""
+
+    __slots__ = ("alone", "attempt", "dispatched_ns", "id", "model", "runs", "works")
+
+    def __init__(
+        self, batch_id: int, model: Model, works: list[Work], runs: int, attempt: int, alone: bool, now_ns: int
+    ) -> None:
+        self.id = batch_id
+        self.model = model
+        self.works = works
+        self.runs = runs
+        self.attempt = attempt
+        self.alone = alone
+        self.dispatched_ns = now_ns
+
+
+class Suspect:
+    """Work whose batch failed; it runs alone on a worker, in ever smaller groups, until the cause is found."""
+
+    __slots__ = ("attempt", "works")
+
+    def __init__(self, works: list[Work], attempt: int) -> None:
+        self.works = works
+        self.attempt = attempt
+
+
+class Totals:
+    """Running sums of one model; see `ModelReport`."""
+
+    __slots__ = (
+        "batches", "compute_ns", "copy_in_ns", "copy_out_ns", "failed_items", "gathered_items", "items",
+        "queue_ns", "retries", "runs",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self.batches = self.runs = self.items = self.failed_items = self.retries = self.gathered_items = 0
+        self.queue_ns = self.copy_in_ns = self.compute_ns = self.copy_out_ns = 0
+
+
+class Model:
+    """One model's slots and everything that waits for it."""
+
+    __slots__ = (
+        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "suspects", "totals",
+        "waiting",
+    )  # fmt: skip
+
+    def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
+        self.index = index
+        self.layout = layout
+        self.cap = cap
+        self.items_per_slot = layout.items_per_slot
+        self.max_batch = layout.max_batch
+        self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
+        self.queue = WorkQueue(layout.items_per_slot)
+        self.suspects: deque[Suspect] = deque()
+        self.waiting: deque[Request] = deque()
+        self.hold_until_ns = 0
+        self.totals = Totals()
+
+
+def producer_cap(layout: ModelLayout, asked: int) -> int:
+    """Slots of a model that one producer may hold: `asked`, else all but one batch (at least half)."""
+    if asked:
+        return min(asked, layout.slots)
+    batch_slots = -(-layout.max_batch // layout.items_per_slot)
+    return max(layout.slots - batch_slots, -(-layout.slots // 2))

@@ -1,0 +1,170 @@
+"""Slot states, their legal transitions, and the ring that slots are granted from.
+
+::
+
+    FREE -> LEASED -> QUEUED -> RUNNING -> DONE -> FREE
+              |         ^----------'        |
+              |         RETRY               |
+              '--------- RELEASE -----------'
+
+`TRANSITIONS` is the whole truth; `move` applies it to adjacent slots at once, with `bytes.translate`, so
+that its cost hardly depends on how many there are.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from typing import Final
+
+
+class State(IntEnum):
+    """Where a slot stands. FREE, seen from a lease, means: no longer this lease's."""
+
+    FREE = 0
+    LEASED = 1
+    QUEUED = 2
+    RUNNING = 3
+    DONE = 4
+
+
+class Event(IntEnum):
+    """What can happen to a slot that is leased."""
+
+    SUBMIT = 0
+    DISPATCH = 1
+    RETRY = 2
+    FINISH = 3
+    DROP = 4
+    RELEASE = 5
+    ABANDON = 6
+    ORPHAN = 7
+
+
+TRANSITIONS: Final[dict[Event, dict[State, State]]] = {
+    Event.SUBMIT: {State.LEASED: State.QUEUED},
+    Event.DISPATCH: {State.QUEUED: State.RUNNING},
+    # Its batch failed or its worker ended.
+    Event.RETRY: {State.RUNNING: State.QUEUED},
+    # Its outputs are written, or it failed for good.
+    Event.FINISH: {State.RUNNING: State.DONE},
+    # Deadline, cancel, or its owner left: it ends without running.
+    Event.DROP: {State.QUEUED: State.DONE},
+    Event.RELEASE: {State.LEASED: State.FREE, State.DONE: State.FREE},
+    # Its owner's process ended. What runs goes on: a device may be writing to it.
+    Event.ABANDON: {
+        State.FREE: State.FREE,
+        State.LEASED: State.FREE,
+        State.QUEUED: State.FREE,
+        State.RUNNING: State.RUNNING,
+        State.DONE: State.FREE,
+    },
+    # What ran for an owner whose process had ended.
+    Event.ORPHAN: {State.RUNNING: State.FREE},
+}
+
+_ILLEGAL: Final = 0xFF
+_TABLES: Final = [
+    bytes(TRANSITIONS[event].get(State(code), _ILLEGAL) if code < len(State) else _ILLEGAL for code in range(256))
+    for event in Event
+]
+
+
+class IllegalTransition(Exception):
+    """A slot's state does not allow the event; nothing was changed."""
+
+
+def move(states: bytearray, event: Event, first: int, count: int) -> None:
+    """Apply `event` to slots `first` to `first + count`.
+
+    Raises:
+        IllegalTransition: one of them is in a state, or out of bounds, where the event is illegal.
+    """
+    end = first + count
+    after = states[first:end].translate(_TABLES[event])
+    if len(after) != count or _ILLEGAL in after:
+        seen = {State(code).name for code in states[first:end]} or {"nothing"}
+        legal = {state.name for state in TRANSITIONS[event]}
+        raise IllegalTransition(
+            f"{event.name} of {count} slots from {first} of {len(states)}: they are {', '.join(sorted(seen))}, "
+            f"which must be {' or '.join(sorted(legal))}"
+        )
+    states[first:end] = after
+
+
+_FREE_RUN: Final = re.compile(rb"\x00+")
+
+
+class Ring:
+    """The slots of one model, granted next-fit round a ring.
+
+    Slots that producers keep and reuse scatter, and scattered slots make batches of many copies.  Granted
+    round a ring, neighbours are granted, and so nearly always submitted, one after the other.  At the end of
+    a free run it goes on at the next that holds a batch, else at the longest, since holes left by single
+    slots would fill with single slots for ever: in a simulation of 64 producers with 2 in flight, and half as
+    many slots spare, batches had 3.8 runs when every hole was taken, and 1.6 so.
+
+    Args:
+        slots: how many.
+        batch: slots of a batch.
+    """
+
+    def __init__(self, slots: int, batch: int = 1) -> None:
+        self.free = slots
+        self.slots = slots
+        self._batch = batch
+        self._used = bytearray(slots)
+        self._cursor = 0
+
+    def take(self, count: int) -> list[tuple[int, int]] | None:
+        """Take `count` slots as runs ``(first, count)``: one run where there is one, or None if too few are free."""
+        if count > self.free:
+            return None
+        first = self._find(count)
+        runs = [(first, count)] if first >= 0 else self._collect(count)
+        for start, length in runs:
+            self._used[start : start + length] = b"\x01" * length
+        start, length = runs[-1]
+        self._cursor = start + length
+        self.free -= count
+        return runs
+
+    def _find(self, count: int) -> int:
+        """Where to take `count` side by side, or -1: at the cursor, at a run for a batch, or at the longest."""
+        used, cursor = self._used, self._cursor
+        if used.startswith(bytes(count), cursor):
+            return cursor
+        wanted = bytes(max(count, self._batch))
+        first = used.find(wanted, cursor)
+        if first < 0:
+            first = used.find(wanted)
+        if first < 0:
+            start, end = max((run.span() for run in _FREE_RUN.finditer(used)), key=lambda span: span[1] - span[0])
+            first = start if end - start >= count else -1
+        return first
+
+    def _collect(self, count: int) -> list[tuple[int, int]]:
+        """Runs that add up to `count`, going round once from the cursor."""
+        spans = [match.span() for match in _FREE_RUN.finditer(self._used, self._cursor)]
+        spans += [match.span() for match in _FREE_RUN.finditer(self._used, 0, self._cursor)]
+        runs = []
+        for start, end in spans:
+            length = min(count, end - start)
+            runs.append((start, length))
+            count -= length
+            if not count:
+                break
+        return runs
+
+    def give_back(self, first: int, count: int) -> None:
+        """Free slots that were taken."""
+        end = first + count
+        if self._used.count(1, first, end) != count:
+            raise IllegalTransition(f"slots {first} to {end} were not all taken")
+        self._used[first:end] = bytes(count)
+        self.free += count
+
+    def validate(self, taken: bytearray) -> None:
+        """Check against `taken`, one byte a slot, 1 where somebody has it."""
+        assert self._used == taken, "the ring and the leases disagree"
+        assert self.free == self._used.count(0), "the ring has lost count"

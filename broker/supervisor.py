@@ -1,0 +1,324 @@
+"""The supervisor: the process behind `trtpool start`.
+
+It owns what must outlive the others (run directory, listening socket, arena), starts the broker and the
+workers, and starts a worker anew when it ends.  Children are tied to it by pidfd, both ways: their end is an
+event here, and they end when it does.
+
+::
+
+    inspect models -> lay out, allocate -> listen -> broker ready -> workers ready -> serve -> drain -> end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Final, NamedTuple
+
+import msgspec
+
+from trtpool.ipc import lifeline
+from trtpool.ipc.arena import create_segment
+from trtpool.ipc.errors import DeviceUnavailable, PoolClosed, StartFailed, TrtpoolError
+from trtpool.ipc.layout import Layout
+from trtpool.ipc.process import describe_exit
+from trtpool.ipc.rundir import RunDir
+from trtpool.ipc.settings import BrokerConfig, PoolSettings, WorkerConfig
+
+from . import control as c
+from .planning import child_environment, inspect, lay_out, requests
+
+log = logging.getLogger("trtpool.supervisor")
+
+BACK_OFF_S: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
+"""Pauses before a worker is started again after ending that many times without having been ready."""
+
+END_GRACE_S: Final = 10.0
+"""How long children may take to end after the last message."""
+
+
+class Started(NamedTuple):
+    """What is running, when it is."""
+
+    name: str
+    run_dir: Path
+    layout: Layout
+    workers: int
+
+
+class Stopped(Exception):
+    """A signal ended the pool before it was ready."""
+
+
+class _Worker:
+    """One place for a worker, and the process that fills it now."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.number = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.ready = False
+        self.failures = 0
+        self.start_at = 0.0
+
+
+class Supervisor:
+    """Runs one pool, in the main thread of its process.
+
+    Args:
+        settings: which.
+        announce: called when the pool serves.
+    """
+
+    def __init__(self, settings: PoolSettings, announce: Callable[[Started], None]) -> None:
+        self._settings = settings
+        self._announce = announce
+        self._stack = contextlib.ExitStack()
+        self._epoll = select.epoll()
+        self._stack.callback(self._epoll.close)
+        self._children: dict[int, tuple[subprocess.Popen[bytes], _Worker | None]] = {}
+        self._workers = [_Worker(index) for index in range(settings.workers)]
+        self._next_worker = 1
+        self._broker_ready = self._drained = False
+        self._serving = False
+        self._stop_asked = 0
+        self._starting = True
+        self._wake_r, self._wake_w = socket.socketpair()
+        self._requests = requests(settings)
+
+    def run(self) -> int:
+        """Start, serve and stop; returns the exit code.
+
+        Raises:
+            TrtpoolError: the pool could not start, or its broker ended.
+        """
+        with self._stack, self._signals():
+            try:
+                self._start()
+            except Stopped:
+                return 0
+            self._serve()
+            return self._drain()
+
+    # ------------------------------------------------------------------ signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        def handle(_number: int, _frame: FrameType | None) -> None:
+            self._stop_asked += 1
+            if self._starting:
+                raise Stopped
+
+        for sock in (self._wake_r, self._wake_w):
+            sock.setblocking(False)
+            self._stack.enter_context(sock)
+        self._epoll.register(self._wake_r.fileno(), select.EPOLLIN)
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in wanted}
+        wake_before = signal.set_wakeup_fd(self._wake_w.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wake_before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # ------------------------------------------------------------------ starting
+
+    def _start(self) -> None:
+        settings = self._settings
+        if settings.engine.device != "cpu":
+            raise DeviceUnavailable(
+                f"device {settings.engine.device!r} cannot be used: this version runs models on the CPU; use --device cpu"
+            )
+        run_dir = RunDir.claim(Path(settings.run_dir))
+        self._stack.callback(run_dir.release)
+        layout = lay_out(settings, inspect(self._requests))
+        arena_fd = create_segment(layout.segment_bytes)
+        self._stack.callback(os.close, arena_fd)
+        listener = self._stack.enter_context(lifeline.listen(run_dir.path))
+        self._stack.callback(self._kill_children)
+        self._start_broker(layout, listener, arena_fd)
+        self._wait_for(lambda: self._broker_ready)
+        for worker in self._workers:
+            self._start_worker(worker)
+        self._wait_for(lambda: all(worker.ready for worker in self._workers))
+        self._starting = False
+        self._serving = True
+        self._announce(Started(settings.name, run_dir.path, layout, len(self._workers)))
+
+    def _spawn(self, module: str, config: msgspec.Struct, fds: list[int], worker: _Worker | None) -> int:
+        """Start a child; returns a pidfd of it, which the epoll watches."""
+        child = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=2,
+            pass_fds=fds,
+            env=child_environment(),
+            start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain
+        )
+        pidfd = os.pidfd_open(child.pid)
+        self._children[pidfd] = (child, worker)
+        self._epoll.register(pidfd, select.EPOLLIN)
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError), child.stdin:  # it ended at once, which its pidfd tells
+            child.stdin.write(msgspec.json.encode(config))
+        return pidfd
+
+    def _start_broker(self, layout: Layout, listener: socket.socket, arena_fd: int) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control = self._stack.enter_context(ours)
+        with theirs:
+            config = BrokerConfig(
+                parent_pid=os.getpid(),
+                name=self._settings.name,
+                run_dir=self._settings.run_dir,
+                epoch=1,
+                layout=layout,
+                max_slots_per_producer=self._settings.max_slots_per_producer,
+                max_delay_us=self._settings.max_delay_us,
+                listener_fd=listener.fileno(),
+                control_fd=theirs.fileno(),
+                arena_fd=arena_fd,
+            )
+            fds = [listener.fileno(), theirs.fileno(), arena_fd]
+            self._spawn("trtpool.broker", config, fds, None)
+        self._epoll.register(ours.fileno(), select.EPOLLIN)
+
+    def _start_worker(self, worker: _Worker) -> None:
+        worker.number, worker.ready = self._next_worker, False
+        self._next_worker += 1
+        brokers, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with brokers, workers:
+            cpus = max(1, len(os.sched_getaffinity(0)) // len(self._workers))
+            config = WorkerConfig(
+                parent_pid=os.getpid(), lifeline_fd=workers.fileno(), models=self._requests, cpus=cpus
+            )
+            pidfd = self._spawn("trtpool.workers", config, [workers.fileno()], worker)
+            child = worker.process = self._children[pidfd][0]
+            self._tell(c.WorkerStarted(worker.number, child.pid), [brokers.fileno(), pidfd])
+
+    def _wait_for(self, ready: Callable[[], bool]) -> None:
+        while not ready():
+            self._step(None)
+
+    # ------------------------------------------------------------------ serving
+
+    def _serve(self) -> None:
+        while not self._stop_asked:
+            self._step(self._start_due_workers())
+
+    def _start_due_workers(self) -> float | None:
+        """Start workers whose pause is over; returns the seconds until the next is."""
+        due = None
+        for worker in self._workers:
+            if worker.process is not None:
+                continue
+            left = worker.start_at - time.monotonic()
+            if left <= 0:
+                self._start_worker(worker)
+            else:
+                due = left if due is None else min(due, left)
+        return due
+
+    def _step(self, timeout_s: float | None) -> None:
+        """Sleep until something happens, and take note of it."""
+        for fd, _ in self._epoll.poll(timeout_s):
+            if fd == self._wake_r.fileno():
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_r.recv(64)
+            elif fd == self._control.fileno():
+                self._read_control()
+            elif fd in self._children:
+                self._child_ended(fd)
+
+    def _read_control(self) -> None:
+        try:
+            data, _ = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            data = b""
+        if not data:
+            self._epoll.unregister(self._control.fileno())  # the broker's end follows
+            return
+        message = c.decode(data)
+        if isinstance(message, c.BrokerReady):
+            self._broker_ready = True
+        elif isinstance(message, c.IsDrained):
+            self._drained = True
+        elif isinstance(message, c.WorkerIsReady):
+            for worker in self._workers:
+                if worker.number == message.worker:
+                    worker.ready, worker.failures = True, 0
+
+    def _tell(self, message: c.Control, fds: list[int] | None = None) -> None:
+        with contextlib.suppress(ConnectionError):  # the broker ended, which its pidfd tells
+            lifeline.send_packet(self._control, message, fds or [])
+
+    def _child_ended(self, pidfd: int) -> None:
+        child, worker = self._children.pop(pidfd)
+        self._epoll.unregister(pidfd)
+        os.close(pidfd)
+        how = describe_exit(child.wait())
+        if worker is None:
+            if not self._drained:
+                raise (PoolClosed if self._serving else StartFailed)(
+                    f"the broker ended: {how}; all that was in flight is lost, start the pool again"
+                    if self._serving
+                    else f"the broker did not become ready: {how}"
+                )
+            return
+        worker.process = None
+        self._tell(c.WorkerGone(worker.number, how))
+        if not self._serving:
+            raise StartFailed(f"worker {worker.index} did not become ready: {how}; what it said is above")
+        if not self._drained:
+            pause = BACK_OFF_S[min(worker.failures, len(BACK_OFF_S) - 1)]
+            worker.failures += not worker.ready
+            worker.start_at = time.monotonic() + (pause if worker.failures else 0)
+            log.error("worker %d ended: %s; another is started", worker.index, how)
+
+    # ------------------------------------------------------------------ stopping
+
+    def _drain(self) -> int:
+        """Finish what is in flight, then end the children; a second signal, or the time-out, stops at once."""
+        self._tell(c.DrainNow())
+        deadline = time.monotonic() + self._settings.drain_timeout_s
+        while not self._drained:
+            due = self._start_due_workers()
+            left = deadline - time.monotonic()
+            if self._stop_asked > 1 or left <= 0:
+                log.error("stopped with work in flight, which is lost")
+                return 1
+            self._step(left if due is None else min(left, due))
+        deadline = time.monotonic() + END_GRACE_S
+        while self._children and self._stop_asked <= 1 and (left := deadline - time.monotonic()) > 0:
+            self._step(left)
+        return 0
+
+    def _kill_children(self) -> None:
+        for pidfd, (child, _) in self._children.items():
+            child.kill()
+            child.wait()
+            os.close(pidfd)
+        self._children.clear()
+
+
+def run(settings: PoolSettings, announce: Callable[[Started], None]) -> int:
+    """Run a pool in this process until it is stopped; see `Supervisor.run`."""
+    supervisor = Supervisor(settings, announce)
+    return supervisor.run()
+
+
+__all__ = ["Started", "Supervisor", "TrtpoolError", "run"]

@@ -1,0 +1,271 @@
+"""The client: what a producer process uses to lease slots, submit them and read results."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+
+from .errors import InvalidInput
+from .handles import Lease, Leases, Result
+from .layout import ModelLayout
+from .mapping import Mapper
+from .report import PoolReport
+from .session import Session
+from .tensors import check_array
+
+if TYPE_CHECKING:
+    from .remote import PoolHandle
+
+T = TypeVar("T")
+ClientT = TypeVar("ClientT", bound="Client")
+
+STATUS_TIMEOUT_S = 10.0
+
+
+class Client:
+    """A connection to a running pool, made by `trtpool.connect`; a context manager that closes it.
+
+    Threads may share one.  A forked child may not use its parent's: it raises `ForkedClient`, and `handle` gives
+    something that connects by itself in each process.
+
+    Attributes:
+        run_dir: the pool's run directory.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._session: Session | None = None  # for __del__, if connecting fails
+        self.run_dir = run_dir
+        self._session = Session(run_dir)
+
+    @property
+    def session(self) -> Session:
+        """The connection's inside, for trtpool's own use."""
+        if self._session is None:
+            raise InvalidInput("this client never connected")
+        return self._session
+
+    @property
+    def name(self) -> str:
+        """The pool's name."""
+        return self.session.pool
+
+    @property
+    def models(self) -> tuple[ModelLayout, ...]:
+        """The pool's models: ``spec`` with names, dtypes and item shapes, `slots`, `items_per_slot`, `max_batch`."""
+        return self.session.layout.models
+
+    def model_index(self, name: str | None) -> int:
+        """The number of a model; None is the pool's only one.
+
+        Raises:
+            InvalidInput: there is none of that name, or there are several and none was named.
+        """
+        names = [model.spec.name for model in self.models]
+        if name is None and len(names) == 1:
+            return 0
+        if name is None:
+            raise InvalidInput(f"this pool has several models; name one with model=: {', '.join(names)}")
+        if name not in names:
+            raise InvalidInput(f"this pool has no model {name!r}; it has {', '.join(names)}")
+        return names.index(name)
+
+    def lease(self, *, model: str | None = None, timeout_s: float | None = None) -> Lease:
+        """Lease one slot to write; use it in a ``with`` statement.
+
+        Args:
+            model: which model's; not needed when the pool has one.
+            timeout_s: seconds to wait for one to come free; None waits as long as it takes, 0 not at all.
+
+        Raises:
+            PoolBusy: none came free in time.
+            LeaseTooLarge: this client's only thread holds all that it may hold, so waiting could not end.
+            PoolClosed: the pool has ended or is stopping.
+            ForkedClient: this process forked from the one that connected.
+        """
+        return Lease(self.session.claim(self.model_index(model), 1, timeout_s)[0], single=True)
+
+    def lease_many(self, count: int, *, model: str | None = None, timeout_s: float | None = None) -> Leases:
+        """Lease `count` slots, all or none; they come as few runs of adjacent slots, usually one.
+
+        Raises:
+            LeaseTooLarge: more than this client may hold.
+            PoolBusy, PoolClosed, ForkedClient: see `lease`.
+        """
+        if count < 1:
+            raise InvalidInput(f"lease_many() takes a count of at least 1, got {count}")
+        claims = self.session.claim(self.model_index(model), count, timeout_s)
+        return Leases(Lease(claim, single=False) for claim in claims)
+
+    def infer(
+        self,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        **arrays: npt.ArrayLike,
+    ) -> dict[str, np.ndarray]:
+        """Run one item, or an array of items, and return copies of the outputs: ``pool.infer(x=array)``.
+
+        The convenient way, with one copy in and one out.  Where those matter, write into slots.
+
+        Args:
+            inputs: arrays by tensor name, or give them as keyword arguments.  Each has the item's shape, or all
+                have one more axis in front, of any length.
+            model: see `lease`.
+            timeout_s: seconds for each step: waiting for slots, and for each result.
+
+        Returns:
+            Output arrays by name, with the same axis in front, if any.
+
+        Raises:
+            InvalidInput: a missing or unknown name, a wrong shape or dtype.
+            PoolBusy, PoolClosed, WorkError: see `lease` and `Submitted.result`.
+            TimeoutError: a result did not come in time.
+        """
+        index = self.model_index(model)
+        layout = self.models[index]
+        checked, items = _check_inputs(layout, {**(inputs or {}), **arrays})
+        outputs = {
+            spec.name: np.empty((1 if items is None else items, *spec.shape), spec.numpy_dtype)
+            for spec in layout.spec.outputs
+        }
+        step = self.session.models[index].cap * layout.items_per_slot
+        for start in range(0, items or 1, step):
+            end = min(start + step, items or 1)
+            self._infer_slice(index, checked, outputs, start, end, timeout_s)
+        return outputs if items is not None else {name: array[0] for name, array in outputs.items()}
+
+    def _infer_slice(
+        self,
+        model: int,
+        inputs: dict[str, np.ndarray],
+        outputs: dict[str, np.ndarray],
+        start: int,
+        end: int,
+        timeout_s: float | None,
+    ) -> None:
+        """Run items `start` to `end` of arrays whose first axis counts items."""
+        per_slot = self.models[model].items_per_slot
+        claims = self.session.claim(model, -(-(end - start) // per_slot), timeout_s)
+        with Leases(Lease(claim, single=False) for claim in claims) as leases:
+            spans = []
+            for lease in leases:
+                stop = min(end, start + lease.count * per_slot)
+                for name, array in inputs.items():
+                    _items_of(lease.inputs[name], per_slot)[: stop - start] = array[start:stop]
+                spans.append((lease.submit(items=stop - start), start, stop))
+                start = stop
+            for submitted, first, last in spans:
+                result = submitted.result(timeout_s)
+                for name, array in outputs.items():
+                    array[first:last] = _items_of(result.outputs[name], per_slot)[: last - first]
+
+    def map(
+        self,
+        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        items: Iterable[T],
+        *,
+        window: int = 64,
+        ordered: bool = True,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[tuple[T, Result]]:
+        """Stream items through the pool: ``for item, result in pool.map(write, items): ...``.
+
+        Args:
+            write: called as ``write(item, inputs)`` to write an item into a slot's input arrays, by name.  Where slots
+                hold several items, `item` is whatever fills one slot, and a returned int says how many it wrote.
+            items: any iterable; read as slots come free.
+            window: slots that are written or in flight at once; more than the client's cap is cut to it.
+            ordered: yield in the order of `items`; else as they end.
+            model: see `lease`.
+            timeout_s: seconds to wait for each lease and each result.
+            return_exceptions: yield the `WorkError` of an item that failed in place of its result.
+
+        Yields:
+            The item and its `Result`, whose arrays are valid until the next one is asked for: copy what you keep.
+            An array that is kept all the same stays as it is, and keeps its slots from the pool.
+
+        Raises:
+            WorkError: an item failed and `return_exceptions` is false.
+            InvalidInput, PoolBusy, PoolClosed: see `lease`.
+        """
+        if window < 1:
+            raise InvalidInput(f"map() takes a window of at least 1, got {window}")
+        self.session.check_process()
+        index = self.model_index(model)
+        return Mapper(
+            self.session, index, write, items, window, ordered, timeout_s, return_exceptions
+        ).run()
+
+    def status(self) -> PoolReport:
+        """The pool's figures.
+
+        Raises:
+            PoolBusy: no answer within 10 s.
+            PoolClosed: the pool ended.
+        """
+        return msgspec.json.decode(self.session.report(STATUS_TIMEOUT_S), type=PoolReport)
+
+    def handle(self) -> PoolHandle:
+        """Something that can be pickled, or carried over a fork, and connects by itself, once in each process."""
+        from .remote import PoolHandle
+
+        return PoolHandle(self.run_dir)
+
+    def close(self) -> None:
+        """Give back what can be and disconnect.  Slots that arrays still view stay taken until this process ends."""
+        if self._session is not None:
+            self._session.close()
+
+    def __enter__(self: ClientT) -> ClientT:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        session = getattr(self, "_session", None)
+        if session is not None and not (session.closed or session.forked):
+            warnings.warn(f"{self!r} was dropped without close(); use `with trtpool.connect() as pool:`", ResourceWarning, 2)
+            session.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a connected client cannot be pickled; give the other process pool.handle()")
+
+    def __repr__(self) -> str:
+        if self._session is None:
+            return f"<{type(self).__name__}, not connected>"
+        state = "closed" if self._session.closed else "connected"
+        return f"<{type(self).__name__} of pool {self.name!r}, {state}>"
+
+
+def _items_of(array: np.ndarray, per_slot: int) -> np.ndarray:
+    """An array of slots as an array of items."""
+    return array.reshape(-1, *array.shape[2:]) if per_slot > 1 else array
+
+
+def _check_inputs(layout: ModelLayout, given: dict[str, npt.ArrayLike]) -> tuple[dict[str, np.ndarray], int | None]:
+    """The inputs as arrays whose first axis counts items, and how many, or None for a single item without the axis."""
+    specs = {spec.name: spec for spec in layout.spec.inputs}
+    if set(given) != set(specs):
+        raise InvalidInput(
+            f"model {layout.spec.name!r} has the inputs {', '.join(specs)}, got {', '.join(given) or 'none'}"
+        )
+    first = layout.spec.inputs[0]
+    shape = np.shape(given[first.name])
+    items = None if shape == first.shape else shape[0] if shape else 0
+    leading = () if items is None else (items,)
+    arrays = {name: check_array(spec, given[name], leading) for name, spec in specs.items()}
+    return ({name: array[None] for name, array in arrays.items()} if items is None else arrays), items

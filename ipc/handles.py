@@ -1,0 +1,473 @@
+"""What a producer holds: `Lease` -> `Submitted` -> `Result`.
+
+Each is a state, and using one after the next was reached raises `SpentHandle`::
+
+    lease = pool.lease()            write lease.inputs["x"]
+    submitted = lease.submit()      lease.inputs is spent; wait, await, callbacks
+    result = submitted.result()     read result.outputs["y"]
+    lease.release()                 all three are spent; `with pool.lease() as lease:` does it
+
+A NumPy view cannot be taken back.  So all views of a lease hang on one *root* array, and the slots go back
+only after `release()` *and* the end of the last view: an array that somebody kept keeps its slots, and never
+shows somebody else's data.  Slices, reshapes, memoryviews and DLPack capsules of a view keep the root alive
+too, since NumPy makes them hold the root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+import weakref
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import numpy as np
+
+from . import messages as m
+from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, SpentHandle, WorkerDied, WorkError
+from .layout import ModelLayout, Plane
+
+if TYPE_CHECKING:
+    from .session import Session
+    from .waiting import Sleeper
+
+LEASED, SUBMITTED, DONE, RELEASED = range(4)
+_STATE_TEXT = (
+    "is not submitted yet; call submit()",
+    "was submitted; its inputs belong to the pool until the result is there",
+    "has its result already; lease new slots for the next item",
+    "was released; lease new slots",
+)
+
+_WORK_ERRORS: dict[int, type[WorkError]] = {
+    m.DEADLINE: DeadlineExceeded,
+    m.CANCELLED: Cancelled,
+    m.ENGINE_FAILED: EngineFailed,
+    m.WORKER_DIED: WorkerDied,
+}
+
+
+class Phases(NamedTuple):
+    """Where the time of one piece of work went, in nanoseconds.
+
+    `lease_ns` was spent waiting for its slots and `queue_ns` waiting for a worker; the others are those of
+    the batch it was in, as the worker measured them.
+    """
+
+    lease_ns: int
+    queue_ns: int
+    copy_in_ns: int
+    compute_ns: int
+    copy_out_ns: int
+
+
+class Claim:
+    """Slots of one lease that are handled together; shared by the handles of its states.
+
+    When the last handle is dropped without `release()`, the slots go back all the same.
+    """
+
+    __slots__ = (
+        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "released", "root_ref", "session", "state",
+    )  # fmt: skip
+
+    def __init__(
+        self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int
+    ) -> None:
+        self.session = session
+        self.model_index = model_index
+        self.model: ModelLayout = session.layout.models[model_index]
+        self.lease_id = lease_id
+        self.first = first
+        self.at = at
+        self.count = count
+        self.lease_ns = 0
+        self.state = LEASED
+        self.released = False
+        self.root_ref: weakref.ref[np.ndarray] | None = None
+
+    def root(self) -> np.ndarray:
+        """The array that all views of these slots hang on."""
+        root = self.root_ref() if self.root_ref is not None else None
+        if root is None:
+            segment = self.session.segment
+            # Made from the mapping, not from another array: NumPy lets a view of a view hold the first array of
+            # its kind, which must be this one.
+            root = np.ndarray((len(segment),), np.uint8, segment)
+            self.root_ref = weakref.ref(root)
+        return root
+
+    def view(self, plane: Plane, row: int | None) -> np.ndarray:
+        """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``.
+
+        `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item.
+        """
+        model = self.model
+        shape = plane.spec.shape
+        if model.items_per_slot > 1:
+            shape = (model.items_per_slot, *shape)
+        if row is None:
+            shape = (self.count, *shape)
+        offset = plane.offset + (self.first + (row or 0)) * model.row_bytes(plane)
+        return np.ndarray(shape, plane.spec.numpy_dtype, self.root(), offset)
+
+    def split(self, at: int, count: int) -> Claim:
+        """A claim on `count` of these slots from `at`; the caller gives up this one."""
+        claim = Claim(self.session, self.model_index, self.lease_id, self.first + at, self.at + at, count)
+        claim.lease_ns = self.lease_ns
+        return claim
+
+    def require(self, state: int) -> None:
+        """Raise `SpentHandle` unless the slots are in `state`."""
+        self.session.check_process()
+        if self.released or self.state != state:
+            raise SpentHandle(f"this handle {_STATE_TEXT[RELEASED if self.released else self.state]}")
+
+    def release(self) -> None:
+        """Give the slots back, when the last view of them has ended.  Again: nothing."""
+        if not self.released:
+            self.released = True
+            self.session.release(self)
+
+    def __del__(self) -> None:
+        # `released` may be missing when __init__ failed; a finalizer never raises.
+        if getattr(self, "released", True):
+            return
+        self.released = True
+        if self.state == LEASED and not (self.session.closed or self.session.forked):
+            warnings.warn(
+                f"{self.count} leased slots were dropped without submit() or release(); use `with pool.lease() as slot:`",
+                ResourceWarning,
+                stacklevel=2,
+            )
+        self.session.release_dropped(self)
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """Names to views of the arena; each access makes one, and a spent handle raises `SpentHandle`."""
+
+    __slots__ = ("_claim", "_planes", "_row", "_state", "_valid")
+
+    def __init__(self, claim: Claim, planes: dict[str, Plane], state: int, row: int | None, valid: Result | None = None) -> None:
+        self._claim = claim
+        self._planes = planes
+        self._state = state
+        self._row = row
+        self._valid = valid
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        self._claim.require(self._state)
+        if self._valid is not None and self._valid.spent:
+            raise SpentHandle("this result was passed by; copy what you keep before the next item, or list its arrays")
+        plane = self._planes.get(name)
+        if plane is None:
+            raise InvalidInput(f"the model has no tensor {name!r} here; it has {', '.join(map(repr, self._planes))}")
+        return self._claim.view(plane, self._row)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._planes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planes)
+
+    def __len__(self) -> int:
+        return len(self._planes)
+
+    def __repr__(self) -> str:
+        return f"<views of {', '.join(self._planes)}>"
+
+
+class Lease:
+    """The right to write adjacent slots.
+
+    `pool.lease()` gives one slot, whose arrays have the shape of the slot; a run out of `pool.lease_many()` has
+    an axis of slots in front.  Use it as a context manager: it releases the slots at the end.
+    """
+
+    __slots__ = ("_claim", "_row")
+
+    def __init__(self, claim: Claim, *, single: bool) -> None:
+        self._claim = claim
+        self._row = 0 if single else None
+
+    @property
+    def count(self) -> int:
+        """Slots."""
+        return self._claim.count
+
+    @property
+    def inputs(self) -> Tensors:
+        """The input arrays to write, by name: views of the arena, in whatever state the last user left them.
+
+        Each has shape ``item_shape`` (``(items_per_slot, *item_shape)`` where slots hold several), with an axis of
+        `count` slots in front unless this is one slot from `lease()`.
+
+        Raises:
+            SpentHandle: submitted or released.
+        """
+        self._claim.require(LEASED)
+        claim = self._claim
+        return Tensors(claim, claim.session.models[claim.model_index].inputs, LEASED, self._row)
+
+    def submit(self, *, items: int | None = None, deadline_s: float | None = None) -> Submitted:
+        """Queue the slots; the inputs must be written.
+
+        Args:
+            items: items in all the slots together when the last is not full.
+            deadline_s: seconds from now after which the work is dropped if it has not started.
+
+        Raises:
+            SpentHandle: submitted or released before.
+            InvalidInput: `items` does not fill all slots but the last.
+            PoolClosed: the pool ended.
+        """
+        return self._claim.session.submit(self._claim, self._row, items, deadline_s)
+
+    def slots(self) -> list[Lease]:
+        """One handle for each slot, to submit and release each by itself; this one is spent."""
+        claim = self._claim
+        claim.require(LEASED)
+        claim.released = True
+        return [Lease(claim.split(at, 1), single=True) for at in range(claim.count)]
+
+    def release(self) -> None:
+        """Give the slots back.  If they are queued the work is cancelled; if they run, when they have ended."""
+        self._claim.release()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        claim = self._claim
+        state = ("leased", "submitted", "done", "released")[RELEASED if claim.released else claim.state]
+        return f"<Lease of {claim.count} slots of {claim.model.spec.name!r}, {state}>"
+
+
+class Leases(list[Lease]):
+    """The runs of adjacent slots that `lease_many` was granted; usually one."""
+
+    def slots(self) -> list[Lease]:
+        """One handle for each slot; the runs are spent."""
+        return [slot for lease in self for slot in lease.slots()]
+
+    def submit(self, *, deadline_s: float | None = None) -> list[Submitted]:
+        """Queue all runs, full."""
+        return [lease.submit(deadline_s=deadline_s) for lease in self]
+
+    def release(self) -> None:
+        """Give all slots back."""
+        for lease in self:
+            lease.release()
+
+    def __enter__(self) -> Leases:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+class Result:
+    """Outputs of finished work: views of the arena, valid until the slots are released.
+
+    Attributes:
+        phases: where the time went.
+        errors: for a run of several slots read with ``partial=True``, the slots that failed, counted from the
+            first, and why.
+    """
+
+    __slots__ = ("_claim", "_row", "errors", "items", "phases", "spent")
+
+    def __init__(self, claim: Claim, row: int | None, items: int, phases: Phases, errors: dict[int, WorkError]) -> None:
+        self._claim = claim
+        self._row = row
+        self.items = items
+        self.phases = phases
+        self.errors = errors
+        self.spent = False
+
+    @property
+    def outputs(self) -> Tensors:
+        """The output arrays by name, shaped like the inputs of the lease.
+
+        Raises:
+            SpentHandle: released.
+        """
+        claim = self._claim
+        claim.require(DONE)
+        return Tensors(claim, claim.session.models[claim.model_index].outputs, DONE, self._row, self)
+
+    def at(self, row: int) -> Result:
+        """The result of one slot of a run."""
+        return Result(self._claim, row, self._claim.model.items_per_slot, self.phases, {})
+
+    def release(self) -> None:
+        """Give the slots back."""
+        self._claim.release()
+
+    def __enter__(self) -> Result:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+T = TypeVar("T")
+
+
+class _WatchedList(list[T]):
+    """`concurrent.futures.wait` and `as_completed` put a waiter in this list and sleep; somebody must then drive."""
+
+    def __init__(self, submitted: Submitted) -> None:
+        super().__init__()
+        self._submitted = weakref.ref(submitted)
+
+    def append(self, item: T) -> None:
+        super().append(item)
+        submitted = self._submitted()
+        if submitted is not None:
+            submitted.watch()
+
+
+class Submitted(Future[Result]):
+    """Work on its way: a `concurrent.futures.Future` of a `Result`, which can be awaited too.
+
+    The thread that calls `result()` receives for all; a background thread does so only for callbacks, `await` and
+    `concurrent.futures.wait`.
+    """
+
+    def __init__(self, claim: Claim, row: int | None, seq: int, items: int) -> None:
+        super().__init__()
+        self._waiters: list[Any] = _WatchedList(self)
+        self.claim = claim
+        self._row = row
+        self._items = items
+        self._left = claim.count
+        self.errors: dict[int, WorkError] = {}
+        self._phases = Phases(claim.lease_ns, 0, 0, 0, 0)
+        self.seq = seq
+        self.over = False
+        self.watched = False
+        self.failure: BaseException | None = None
+        self.sleepers: list[Sleeper] = []
+
+    # ------------------------------------------------------------------ for the client, under its lock
+
+    def take(self, done: m.Done) -> bool:
+        """Note the end of some of the slots; True when it was the last."""
+        at = done.first - self.claim.at
+        if done.status == m.OK:
+            self._phases = Phases(
+                self.claim.lease_ns, done.queue_ns, done.copy_in_ns, done.compute_ns, done.copy_out_ns
+            )
+        else:
+            kind = _WORK_ERRORS.get(done.status, WorkError)
+            for slot in range(at, at + done.count):
+                self.errors[slot] = kind(done.text, range(at, at + done.count))
+        self._left -= done.count
+        return self._left <= 0
+
+    def announce(self) -> None:
+        """Tell callbacks and waiters; never called under the client's lock, since callbacks may use the client."""
+        error = self.failure or self._first_error()
+        if error is None:
+            self.set_result(self._make_result())
+        else:
+            self.set_exception(error)
+
+    def add_sleeper(self, sleeper: Sleeper) -> None:
+        """See `waiting.Target`."""
+        self.sleepers.append(sleeper)
+
+    def remove_sleeper(self, sleeper: Sleeper) -> None:
+        """See `waiting.Target`."""
+        self.sleepers.remove(sleeper)
+
+    def watch(self) -> None:
+        """Somebody waits who does not drive the socket: the background thread must."""
+        self.claim.session.watch(self)
+
+    # ------------------------------------------------------------------ for the producer
+
+    def result(  # type: ignore[override]  # the first argument is the base's, under a name with its unit
+        self, timeout_s: float | None = None, *, partial: bool = False, timeout: float | None = None
+    ) -> Result:
+        """Wait for the outputs.
+
+        Args:
+            timeout_s: seconds to wait; None waits until the pool answers or ends.
+            partial: give a `Result` with `errors` when only some slots of a run failed, instead of raising.
+            timeout: `timeout_s` by the name that `concurrent.futures` gives it.
+
+        Raises:
+            TimeoutError: not there yet; the work goes on.
+            WorkError: a slot failed; the kind says why, `slots` which.
+            PoolClosed: the pool ended first.
+            SpentHandle: the slots were released.
+        """
+        self._wait(timeout_s if timeout_s is not None else timeout)
+        if self.failure is not None:
+            raise self.failure
+        if self.errors and not (partial and len(self.errors) < self.claim.count):
+            raise self.errors[min(self.errors)]
+        return self._make_result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Wait, and return the error that `result()` would raise, if any."""
+        self._wait(timeout)
+        return self.failure or self._first_error()
+
+    def done(self) -> bool:
+        """Whether the work has ended; looks at the socket."""
+        if not self.over:
+            self.claim.session.poll()
+        return self.over
+
+    def running(self) -> bool:
+        """Whether it has not ended; queued and running work are not told apart."""
+        return not self.done()
+
+    def cancel(self) -> bool:
+        """Ask for the work to be dropped if it is still queued; then it ends with `Cancelled`.
+
+        Returns whether it has ended so already, which right after asking it has not.
+        """
+        if not self.over:
+            self.claim.session.cancel(self.claim)
+        return self.cancelled()
+
+    def cancelled(self) -> bool:
+        """Whether it ended by `cancel()`."""
+        return self.over and isinstance(self._first_error(), Cancelled)
+
+    def add_done_callback(self, fn: Any) -> None:
+        """Call `fn(self)` when the work has ended, from whichever thread receives the end."""
+        super().add_done_callback(fn)
+        self.watch()
+
+    def release(self) -> None:
+        """Give the slots back when the work has ended; cancels it if it is still queued."""
+        self.claim.release()
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self).__await__()
+
+    def _wait(self, timeout_s: float | None) -> None:
+        if not self.over and not self.claim.session.wait(self, timeout_s):
+            raise TimeoutError(f"no result within {timeout_s} s; the work goes on, call result() again")
+
+    def _first_error(self) -> WorkError | None:
+        return self.errors[min(self.errors)] if self.errors else None
+
+    def _make_result(self) -> Result:
+        return Result(self.claim, self._row, self._items, self._phases, dict(self.errors))

@@ -1,0 +1,210 @@
+"""`Client.map`: a stream of items through the pool.
+
+Small items are leased and submitted in runs, so that a message carries many; large ones one by one, so that the
+first starts while the second is written.  Each Submit asks for as many slots again, which come with the result:
+a steady stream needs one message each way for each run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Final, Generic, TypeVar
+
+import numpy as np
+
+from .errors import PoolBusy, WorkError
+from .handles import LEASED, Claim, Result, Submitted, Tensors
+from .session import Request, Session
+
+T = TypeVar("T")
+
+RUN_BYTES: Final = 256 * 1024
+"""Slots are leased in runs of about this many bytes: by then a message costs little beside the writing."""
+
+SLOW_WRITE_NS: Final = 1_000_000
+"""A run that takes longer than this to fill is submitted as far as it is filled."""
+
+
+class _Part(Generic[T]):
+    """Some slots of a run, submitted together, and the items in them."""
+
+    def __init__(self, submitted: Submitted, items: list[T]) -> None:
+        self.submitted = submitted
+        self.items = items
+
+
+class Mapper(Generic[T]):
+    """One `map` call; iterate over `run()`."""
+
+    def __init__(
+        self,
+        session: Session,
+        model: int,
+        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        items: Iterable[T],
+        window: int,
+        ordered: bool,
+        timeout_s: float | None,
+        return_exceptions: bool,
+    ) -> None:
+        self._session = session
+        self._model = model
+        self._write = write
+        self._items = iter(items)
+        self._ordered = ordered
+        self._timeout_s = timeout_s
+        self._return_exceptions = return_exceptions
+        layout = session.layout.models[model]
+        self._per_slot = layout.items_per_slot
+        self._planes = session.models[model].inputs
+        self._window = min(window, session.models[model].cap)
+        self._run_slots = max(1, min(RUN_BYTES // max(1, layout.slot_bytes), self._window // 4))
+        self._in_flight: deque[_Part[T]] = deque()
+        self._slots_out = 0  # leased by us: being written, in flight, or being read
+        self._request: Request | None = None
+        self._claims: deque[Claim] = deque()
+        self._exhausted = False
+
+    def run(self) -> Iterator[tuple[T, Result]]:
+        """Yield items with their results."""
+        try:
+            while True:
+                self._fill()
+                if not self._in_flight:
+                    return
+                part = self._next_part()
+                yield from self._deliver(part)
+                part.submitted.release()
+                self._slots_out -= part.submitted.claim.count
+        finally:
+            self._clean_up()
+
+    # ------------------------------------------------------------------ writing
+
+    def _fill(self) -> None:
+        """Write and submit items until the window is full, the items end, or a result is ready to be read."""
+        while not self._exhausted and (claim := self._next_claim()) is not None:
+            self._fill_claim(claim)
+            if self._in_flight and self._in_flight[0].submitted.done():
+                return
+
+    def _next_claim(self) -> Claim | None:
+        """Slots to write; None when there is something better to do than to wait for them."""
+        if self._claims:
+            return self._claims.popleft()
+        if self._request is None:
+            count = min(self._run_slots, self._window - self._slots_out)
+            if count < 1:
+                return None
+            spare = self._session.take_spare(self._model, count)
+            if spare is not None:
+                self._slots_out += count
+                return spare
+            self._request = self._session.ask(self._model, count, self._timeout_s)
+        if self._in_flight and not self._request.over:
+            return None
+        request, self._request = self._request, None
+        try:
+            granted = self._session.answer(request)
+        except PoolBusy:
+            if self._in_flight:  # our own results have yet to be read; ask again then
+                return None
+            raise
+        self._slots_out += sum(claim.count for claim in granted)
+        self._claims.extend(granted)
+        return self._claims.popleft()
+
+    def _fill_claim(self, claim: Claim) -> None:
+        """Write items into a run of slots, and submit it, at once or as it fills."""
+        started = time.monotonic_ns()
+        batch: list[T] = []
+        try:
+            while len(batch) < claim.count:
+                try:
+                    item = next(self._items)
+                except StopIteration:
+                    self._exhausted = True
+                    break
+                row = len(batch)
+                written = self._write(item, Tensors(claim, self._planes, LEASED, row))
+                batch.append(item)
+                last = written if self._per_slot > 1 and isinstance(written, int) else self._per_slot
+                if last != self._per_slot or (
+                    len(batch) < claim.count and time.monotonic_ns() - started > SLOW_WRITE_NS
+                ):
+                    claim = self._submit_head(claim, batch, last)
+                    batch, started = [], time.monotonic_ns()
+        except BaseException:
+            self._give_up(claim)
+            raise
+        if batch and len(batch) == claim.count:
+            self._submit(claim, batch, claim.count * self._per_slot)
+        elif claim.count:
+            if batch:
+                claim = self._submit_head(claim, batch, self._per_slot)
+            self._give_up(claim)
+
+    def _submit_head(self, claim: Claim, batch: list[T], last_items: int) -> Claim:
+        """Submit the slots that are filled; returns a claim on the rest, which may be none."""
+        filled = len(batch)
+        claim.released = True
+        rest = claim.split(filled, claim.count - filled)
+        if not rest.count:
+            rest.released = True
+        self._submit(claim.split(0, filled), batch, (filled - 1) * self._per_slot + last_items)
+        return rest
+
+    def _submit(self, claim: Claim, batch: list[T], items: int) -> None:
+        again = 0 if self._exhausted else claim.count
+        submitted = self._session.submit_again(claim, None, items, None, again)
+        self._in_flight.append(_Part(submitted, batch))
+
+    def _give_up(self, claim: Claim) -> None:
+        self._slots_out -= claim.count
+        if claim.count:
+            claim.release()
+
+    # ------------------------------------------------------------------ reading
+
+    def _next_part(self) -> _Part[T]:
+        if not self._ordered:
+            self._session.wait_any([part.submitted for part in self._in_flight], self._timeout_s)
+            for index, part in enumerate(self._in_flight):
+                if part.submitted.over:
+                    del self._in_flight[index]
+                    return part
+        return self._in_flight.popleft()
+
+    def _deliver(self, part: _Part[T]) -> Iterator[tuple[T, Result]]:
+        try:
+            result = part.submitted.result(self._timeout_s, partial=True)
+        except WorkError:  # all slots of the part failed
+            if not self._return_exceptions:
+                raise
+            result = None
+        errors = part.submitted.errors
+        for row, item in enumerate(part.items):
+            error_of_row = errors.get(row)
+            if error_of_row is not None:
+                if not self._return_exceptions:
+                    raise error_of_row
+                yield item, error_of_row  # type: ignore[misc]
+                continue
+            assert result is not None
+            one = result.at(row)
+            yield item, one
+            one.spent = True
+
+    # ------------------------------------------------------------------ leaving
+
+    def _clean_up(self) -> None:
+        """Give everything back, whether the stream ended, failed, or was left by its reader."""
+        if self._request is not None:
+            self._session.abandon(self._request)
+        for claim in self._claims:
+            claim.release()
+        for part in self._in_flight:
+            part.submitted.release()
+        self._session.return_spares(self._model)

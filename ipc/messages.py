@@ -1,0 +1,281 @@
+"""Every message between client, broker and worker, and when each is legal.
+
+A frame is one msgpack array of messages, so that a peer is sent at most one frame a turn.
+Each message is a frozen, tagged `msgspec.Struct` laid out as an array; decoding checks types,
+bounds and list lengths, and refuses unknown fields.  Nothing is pickled, ever.
+
+::
+
+    message            from, to       says                                        legal when
+    -----------------  -------------  ------------------------------------------  -----------------------
+    Hello / Welcome    all, broker    token, version / epoch, peer, caps          first, once
+    Lease / Grant      producer       model, count, wait / leases, a run each     below its cap
+    Submit             producer       (lease, first, count, seq), items, ...      LEASED
+    Done               to producer    (lease, first, count, seq), status, times   once for each slot and seq
+    Release            producer       (lease, first, count)                       LEASED, DONE
+    Cancel             producer       (lease, first, count)                       QUEUED, else ignored
+    Recall             to producer    model: give back what you keep unused       others wait
+    Ready              worker         device, lanes                               after loading
+    Run                to worker      batch, attempt, model, rows                 a lane, or one more
+    Finished, Failed   worker         batch, attempt, times / error               RUNNING
+    Status / Report    producer       - / the pool's figures                      any
+    Error              to any         code, reason that says what to do           any
+    Bye                both           reason                                      last
+
+A producer names its work as ``(lease, first_in_lease, count, seq)`` and a worker as
+``(batch, attempt)``; slot numbers from peers are never trusted, nor sent by them.
+All times are integers: ``_ns`` durations, from `time.monotonic_ns`, which all processes of a host share.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+
+from .errors import ProtocolError
+
+U31 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+
+MAX_MESSAGES: Final = 4096
+"""Most messages in one frame."""
+
+# How a slot's work ended.
+OK: Final = 0
+DEADLINE: Final = 1
+CANCELLED: Final = 2
+ENGINE_FAILED: Final = 3
+WORKER_DIED: Final = 4
+
+# What an Error is about.
+BAD_MESSAGE: Final = 0
+BUSY: Final = 1
+TOO_LARGE: Final = 2
+CLOSING: Final = 3
+DENIED: Final = 4
+
+
+class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+    """Base of all messages; `gc=False` since none can hold a reference cycle."""
+
+
+class SlotRun(_Message, frozen=True):
+    """Adjacent slots of one model: `count` from `first`, in arena segment `segment`."""
+
+    segment: U31
+    first: U31
+    count: Count
+
+
+class Hello(_Message, frozen=True, tag=1):
+    """The first message of a peer: proves that this ZeroMQ identity owns that lifeline."""
+
+    version: U31
+    token: Annotated[bytes, msgspec.Meta(min_length=40, max_length=40)]
+
+
+class Welcome(_Message, frozen=True, tag=2):
+    """The answer to Hello. `caps` has, for each model, the most slots this peer may hold."""
+
+    epoch: U63
+    peer: U63
+    caps: Annotated[list[U31], msgspec.Meta(max_length=1024)]
+
+
+class Lease(_Message, frozen=True, tag=3):
+    """Asks for `count` slots of a model, all or none.
+
+    `wait_ns` bounds the wait (None: no bound; 0: now or never); answered by one Grant or one Error that
+    carry the same `request`, which the producer chooses and which is not 0.
+    """
+
+    request: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
+    model: U31
+    count: Count
+    wait_ns: U63 | None
+
+
+class Grant(_Message, frozen=True, tag=4):
+    """The right to write: leases as ``(lease_id, run)``.
+
+    `request` is that of the Lease, or 0 for slots granted by a Submit's `again`.
+    """
+
+    request: U63
+    model: U31
+    leases: Annotated[list[tuple[U63, SlotRun]], msgspec.Meta(min_length=1)]
+
+
+class Submit(_Message, frozen=True, tag=5):
+    """Queues `count` slots of a lease from `first` (counted in the lease).
+
+    The slots hold `items` items: all are full but the last, which has at least one.  `seq` rises with
+    every Submit of a lease.  The work is dropped when it is still queued `deadline_ns` after it arrived
+    (None: never).  `again` asks for that many new slots when the work is done, if nobody else waits: granted
+    rows then lie side by side with those of the batch-mates, and a steady producer needs one message for
+    each piece of work.
+    """
+
+    lease: U63
+    first: U31
+    count: Count
+    seq: U63
+    items: Count
+    deadline_ns: U63 | None = None
+    again: U31 = 0
+
+
+class Done(_Message, frozen=True, tag=6):
+    """Slots of a submission ended, each exactly once; a large submission may end in parts.
+
+    `status` is `OK` or the reason; `text` says more of it. The times are those of the batch, but for
+    `queue_ns`, from the Submit's arrival until its batch went to a worker.
+    """
+
+    lease: U63
+    first: U31
+    count: Count
+    seq: U63
+    status: U31
+    queue_ns: U63
+    copy_in_ns: U63
+    compute_ns: U63
+    copy_out_ns: U63
+    text: Text = ""
+
+
+class Release(_Message, frozen=True, tag=7):
+    """Gives slots back: the producer holds no view of them any more."""
+
+    lease: U63
+    first: U31
+    count: Count
+
+
+class Cancel(_Message, frozen=True, tag=8):
+    """Ends slots that are still queued with `CANCELLED`; others go on."""
+
+    lease: U63
+    first: U31
+    count: Count
+
+
+class Recall(_Message, frozen=True, tag=9):
+    """Others wait for slots of this model: release what is leased and idle."""
+
+    model: U31
+
+
+class Ready(_Message, frozen=True, tag=10):
+    """A worker has loaded all models and can run `lanes` batches at once."""
+
+    device: Text
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+class Rows(_Message, frozen=True):
+    """Adjacent slots of a batch: `items` items dense in `count` slots from `first`."""
+
+    segment: U31
+    first: U31
+    count: Count
+    items: Count
+
+
+class Run(_Message, frozen=True, tag=11):
+    """A batch for a worker. `attempt` counts from 0 over all workers that got these rows."""
+
+    batch: U63
+    attempt: U31
+    model: U31
+    rows: Annotated[list[Rows], msgspec.Meta(min_length=1)]
+
+
+class Finished(_Message, frozen=True, tag=12):
+    """All outputs of a batch are written."""
+
+    batch: U63
+    attempt: U31
+    copy_in_ns: U63
+    compute_ns: U63
+    copy_out_ns: U63
+    gathered_items: U63
+
+
+class Failed(_Message, frozen=True, tag=13):
+    """The engine failed on a batch and the worker can go on."""
+
+    batch: U63
+    attempt: U31
+    text: Text
+
+
+class Status(_Message, frozen=True, tag=14):
+    """Asks for the pool's figures."""
+
+    request: U63
+
+
+class Report(_Message, frozen=True, tag=15):
+    """The answer to Status: a `trtpool.ipc.report.PoolReport` as JSON."""
+
+    request: U63
+    body: bytes
+
+
+class Error(_Message, frozen=True, tag=16):
+    """Something was refused and nothing changed. `request` is that of the Lease refused, else 0."""
+
+    code: U31
+    text: Text
+    request: U63 = 0
+
+
+class Bye(_Message, frozen=True, tag=17):
+    """The sender leaves; nothing comes after it."""
+
+    text: Text
+
+
+ToBroker: TypeAlias = Lease | Submit | Release | Cancel | Status | Hello | Ready | Finished | Failed | Bye
+FromBroker: TypeAlias = Done | Grant | Welcome | Recall | Run | Report | Error | Bye
+Message: TypeAlias = ToBroker | FromBroker
+
+_encoder = msgspec.msgpack.Encoder()
+_to_broker: msgspec.msgpack.Decoder[list[ToBroker]] = msgspec.msgpack.Decoder(
+    Annotated[list[ToBroker], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+)
+_from_broker = msgspec.msgpack.Decoder(list[FromBroker])
+
+# msgspec lets Python's own error for bytes that are no UTF-8 through.
+_DECODE_ERRORS: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+
+encode = _encoder.encode
+"""Encode a list of messages as one frame."""
+
+
+def decode_to_broker(frame: bytes) -> list[ToBroker]:
+    """Decode a frame that a broker received; every byte of it may be hostile.
+
+    Raises:
+        ProtocolError: not a list of messages that may be sent to a broker.
+    """
+    try:
+        return _to_broker.decode(frame)
+    except _DECODE_ERRORS as error:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is not a list of messages: {error}") from error
+
+
+def decode_from_broker(frame: bytes) -> list[FromBroker]:
+    """Decode a frame that a client or a worker received.
+
+    Raises:
+        ProtocolError: not a list of messages that a broker sends.
+    """
+    try:
+        return _from_broker.decode(frame)
+    except _DECODE_ERRORS as error:
+        raise ProtocolError(f"the broker sent {len(frame)} bytes that are no messages: {error}") from error

@@ -1,0 +1,127 @@
+"""Connecting, and handles that connect by themselves in whatever process they end up in."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .client import Client
+from .handles import Lease, Leases, Result
+from .report import PoolReport
+from .rundir import run_dir_of
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_clients: dict[Path, Client] = {}
+
+
+def _forget_in_child() -> None:
+    global _lock  # noqa: PLW0603: the parent's may be held, by a thread that does not exist here
+    _lock = threading.Lock()
+    _clients.clear()
+
+
+def _close_all() -> None:
+    while _clients:
+        _clients.popitem()[1].close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_all)
+
+
+def connect(name: str = "default", *, run_dir: str | os.PathLike[str] | None = None) -> Client:
+    """Connect to a running pool.
+
+    Args:
+        name: the pool's name, as in ``trtpool start --name``.
+        run_dir: its run directory, if it was started with one; `$TRTPOOL_RUN_DIR` otherwise names it.
+
+    Raises:
+        PoolNotFound: no pool runs there.
+        AccessDenied: this user may not attach.
+        ProtocolError: the pool runs another version of trtpool.
+    """
+    return Client(run_dir_of(name, run_dir))
+
+
+class PoolHandle:
+    """Names a pool, can be pickled, and connects when first used, once in each process, also after a fork.
+
+    Give it to `multiprocessing` or DataLoader workers and use it like a client.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+
+    @property
+    def client(self) -> Client:
+        """This process's client, which all handles of this pool share; it is closed when the process ends."""
+        with _lock:
+            client = _clients.get(self.run_dir)
+            if client is None or client.session.closed:
+                client = _clients[self.run_dir] = Client(self.run_dir)
+            return client
+
+    def connect(self) -> Client:
+        """A client of your own, to close yourself."""
+        return Client(self.run_dir)
+
+    def lease(self, *, model: str | None = None, timeout_s: float | None = None) -> Lease:
+        """See `Client.lease`."""
+        return self.client.lease(model=model, timeout_s=timeout_s)
+
+    def lease_many(self, count: int, *, model: str | None = None, timeout_s: float | None = None) -> Leases:
+        """See `Client.lease_many`."""
+        return self.client.lease_many(count, model=model, timeout_s=timeout_s)
+
+    def infer(
+        self,
+        inputs: Mapping[str, npt.ArrayLike] | None = None,
+        *,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        **arrays: npt.ArrayLike,
+    ) -> dict[str, np.ndarray]:
+        """See `Client.infer`."""
+        return self.client.infer(inputs, model=model, timeout_s=timeout_s, **arrays)
+
+    def map(
+        self,
+        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        items: Iterable[T],
+        *,
+        window: int = 64,
+        ordered: bool = True,
+        model: str | None = None,
+        timeout_s: float | None = None,
+        return_exceptions: bool = False,
+    ) -> Iterator[tuple[T, Result]]:
+        """See `Client.map`."""
+        return self.client.map(
+            write,
+            items,
+            window=window,
+            ordered=ordered,
+            model=model,
+            timeout_s=timeout_s,
+            return_exceptions=return_exceptions,
+        )
+
+    def status(self) -> PoolReport:
+        """See `Client.status`."""
+        return self.client.status()
+
+    def __reduce__(self) -> tuple[type[PoolHandle], tuple[Path]]:
+        return PoolHandle, (self.run_dir,)
+
+    def __repr__(self) -> str:
+        return f"<PoolHandle of {self.run_dir}>"

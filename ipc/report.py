@@ -1,0 +1,71 @@
+"""The pool's figures, as `trtpool status` and `client.status()` give them.
+
+Counts are totals since the pool started; ``_ns`` are sums of durations over items or batches, so that a
+rate or a mean over any span is the difference of two reports.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class ModelReport(msgspec.Struct, frozen=True):
+    """One model: how its slots stand now, and what has been done.
+
+    Attributes:
+        free, leased, queued, running, done: slots in each state now.
+        waiting: lease requests that wait for slots.
+        items: items that ended with a result.
+        failed_items: items that ended with an error of any kind.
+        batches: batches finished.
+        runs: runs of adjacent slots in those batches; `runs / batches` near 1 means that batches are slices.
+        gathered_items: items copied through scratch memory because they were small and scattered.
+        retries: batches that went back to the queue.
+        queue_ns: sum over items, from arrival until dispatch.
+        copy_in_ns, compute_ns, copy_out_ns: sums over batches.
+    """
+
+    name: str
+    slots: int
+    items_per_slot: int
+    max_batch: int
+    slot_bytes: int
+    free: int
+    leased: int
+    queued: int
+    running: int
+    done: int
+    waiting: int
+    items: int
+    failed_items: int
+    batches: int
+    runs: int
+    gathered_items: int
+    retries: int
+    queue_ns: int
+    copy_in_ns: int
+    compute_ns: int
+    copy_out_ns: int
+
+
+class WorkerReport(msgspec.Struct, frozen=True):
+    """One worker that is ready."""
+
+    pid: int
+    device: str
+    lanes: int
+    batches_in_flight: int
+
+
+class PoolReport(msgspec.Struct, frozen=True):
+    """The whole pool."""
+
+    name: str
+    epoch: int
+    uptime_s: float
+    arena_bytes: int
+    producers: int
+    violations: int
+    draining: bool
+    workers: tuple[WorkerReport, ...]
+    models: tuple[ModelReport, ...]

@@ -1,0 +1,218 @@
+"""The run directory: where a pool's sockets and its lock are, and whose it may be.
+
+::
+
+    RUN_DIR/          0700, ours
+        lock          flock held by the supervisor while it lives; holds its pid
+        lifeline      AF_UNIX SOCK_SEQPACKET
+        zmq-EPOCH     the broker's ROUTER, ipc://
+
+A directory whose lock is free is left over from a pool that was killed: `claim` empties it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import stat
+from pathlib import Path
+from typing import Final
+
+from .errors import NameInUse, PoolNotFound, RunDirError
+from .process import wait_ended
+
+LIFELINE: Final = "lifeline"
+LOCK: Final = "lock"
+ZMQ_PREFIX: Final = "zmq-"
+SUN_PATH_BYTES: Final = 107
+"""Longest path of a Unix socket (unix(7): 108 with the final NUL)."""
+
+
+def default_root() -> Path:
+    """`$XDG_RUNTIME_DIR/trtpool`, else ``/tmp/trtpool-UID``."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and Path(runtime).is_dir():
+        return Path(runtime) / "trtpool"
+    return Path("/tmp") / f"trtpool-{os.getuid()}"  # noqa: S108: checked for owner, mode and links before use
+
+
+def run_dir_of(name: str = "default", run_dir: str | os.PathLike[str] | None = None) -> Path:
+    """The run directory of pool `name`: `run_dir`, else `$TRTPOOL_RUN_DIR`, else `default_root`/NAME."""
+    chosen = run_dir or os.environ.get("TRTPOOL_RUN_DIR")
+    return Path(os.path.abspath(chosen)) if chosen else default_root() / name
+
+
+def check_path_length(run_dir: Path) -> None:
+    """Refuse a path in which the sockets' names would be too long for the kernel.
+
+    Raises:
+        RunDirError: it is.
+    """
+    longest = run_dir / f"{ZMQ_PREFIX}{2**16}"
+    over = len(os.fsencode(longest)) - SUN_PATH_BYTES
+    if over > 0:
+        raise RunDirError(
+            f"the run directory's path is {over} bytes too long for a Unix socket: {run_dir}; "
+            "choose a shorter one with --run-dir, such as /tmp/pool"
+        )
+
+
+def check_private(path: Path, *, what: str = "run directory") -> None:
+    """Refuse a directory that is a link, someone else's, or open to others.
+
+    Raises:
+        RunDirError: it is one of these, or no directory.
+    """
+    try:
+        info = path.lstat()
+    except OSError as error:
+        raise RunDirError(f"the {what} {path} cannot be used: {error.strerror}") from error
+    if stat.S_ISLNK(info.st_mode):
+        raise RunDirError(f"the {what} {path} is a symbolic link, which is refused; name the directory itself")
+    if not stat.S_ISDIR(info.st_mode):
+        raise RunDirError(f"the {what} {path} is not a directory; remove it or choose another with --run-dir")
+    if info.st_uid != os.getuid():
+        raise RunDirError(f"the {what} {path} belongs to uid {info.st_uid}, not to you; choose another with --run-dir")
+    if info.st_mode & 0o077:
+        raise RunDirError(
+            f"the {what} {path} has mode {stat.S_IMODE(info.st_mode):04o}, so others could get in; run: chmod 700 {path}"
+        )
+
+
+class RunDir:
+    """A claimed run directory: ours alone until `release`, or until this process ends."""
+
+    def __init__(self, path: Path, lock_fd: int) -> None:
+        self.path = path
+        self._lock_fd = lock_fd
+
+    @classmethod
+    def claim(cls, path: Path) -> RunDir:
+        """Make the directory if need be, lock it, and remove what a killed pool left in it.
+
+        Raises:
+            RunDirError: it cannot be used.
+            NameInUse: a pool runs there.
+        """
+        check_path_length(path)
+        parent = path.parent
+        try:
+            if parent == default_root():
+                parent.mkdir(mode=0o700, exist_ok=True)
+                check_private(parent, what="directory of run directories")  # before anything is made in it
+            path.mkdir(mode=0o700, exist_ok=True)
+        except FileExistsError as error:
+            raise RunDirError(f"the run directory {path} is not a directory; choose another with --run-dir") from error
+        except OSError as error:
+            raise RunDirError(
+                f"the run directory {path} cannot be made: {error.strerror}; choose another with --run-dir"
+            ) from error
+        check_private(path)
+        try:
+            fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise RunDirError(f"the lock {path / LOCK} cannot be opened: {error.strerror}") from error
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise NameInUse(
+                    f"a pool runs in {path} already (pid {_read_pid(fd)}); stop it with `trtpool stop`, "
+                    "or start this one with another --name"
+                ) from None
+            removed = not os.fstat(fd).st_nlink  # by its last holder, after we opened it
+            if not removed:
+                os.ftruncate(fd, 0)  # first, so that nobody takes a dead pool's pid for ours
+                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                _remove_leftovers(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        if removed:
+            os.close(fd)
+            return cls.claim(path)
+        return cls(path, fd)
+
+    def release(self) -> None:
+        """Remove the directory's contents and the directory, then unlock.  Again: nothing."""
+        if self._lock_fd < 0:
+            return
+        _remove_leftovers(self.path)
+        # Remove the lock while we hold it: one who waits for it then finds no file and starts anew.
+        with contextlib.suppress(OSError):
+            (self.path / LOCK).unlink()
+        with contextlib.suppress(OSError):  # somebody put a file of their own there: theirs
+            self.path.rmdir()
+        os.close(self._lock_fd)
+        self._lock_fd = -1
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what pools make; sockets and nothing else, so that a wrong --run-dir loses no data."""
+    for entry in path.iterdir():
+        ours = entry.name == LIFELINE or entry.name.startswith(ZMQ_PREFIX)
+        if ours and stat.S_ISSOCK(entry.lstat().st_mode):
+            entry.unlink()
+
+
+def _read_pid(fd: int) -> int:
+    try:
+        return int(os.pread(fd, 32, 0))
+    except ValueError:
+        return 0
+
+
+def running_supervisor(path: Path) -> int:
+    """A pidfd of the supervisor whose pool runs in `path`.
+
+    Raises:
+        PoolNotFound: none does.
+        RunDirError: the directory is not ours.
+    """
+    missing = PoolNotFound(f"no pool runs in {path}; start one with `trtpool start`")
+    if not path.exists():
+        raise missing
+    check_private(path)
+    try:
+        fd = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise missing from None
+        raise RunDirError(f"the lock {path / LOCK} cannot be opened: {error.strerror}") from error
+    try:
+        pid = _read_pid(fd)
+        try:
+            pidfd = os.pidfd_open(pid) if pid else -1
+        except ProcessLookupError:
+            pidfd = -1
+        # The lock is tried after the pidfd is open: still held and the same pid written, so it is the holder's.
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = False
+        except BlockingIOError:
+            held = True
+        if held and pidfd >= 0 and _read_pid(fd) == pid:
+            return pidfd
+        if pidfd >= 0:
+            os.close(pidfd)
+        raise missing
+    finally:
+        os.close(fd)
+
+
+def stop(path: Path, timeout_s: float | None) -> bool:
+    """Ask the pool in `path` to drain and end; returns whether it ended within `timeout_s`.
+
+    Raises:
+        PoolNotFound: no pool runs there.
+    """
+    pidfd = running_supervisor(path)
+    try:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGTERM)
+        return wait_ended(pidfd, timeout_s)
+    finally:
+        os.close(pidfd)

@@ -1,0 +1,537 @@
+"""The client's side of the protocol: leases asked for, work in flight, slots to give back.
+
+All state is under one lock (`Driver`), which is never held while user code runs: futures are announced after it
+is released.  Finalizers may run in any thread at any time, even in one that holds the lock, so they only append
+to a deque and try to take the lock; if it is taken, its holder sees to it when it lets go.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from . import messages as m
+from .arena import map_segment
+from .errors import ForkedClient, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
+from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
+from .layout import Layout, Plane
+from .lifeline import connect as connect_lifeline
+from .lifeline import receive_description
+from .link import Link
+from .waiting import AnyOf, Background, Driver, Target
+
+CLOSE_GRACE_S: Final = 1.0
+"""How long what the broker sent before its end may still be on its way through ZeroMQ."""
+
+KEPT_WARNING_S: Final = 10.0
+"""After this long, released slots that an array still holds are worth a warning."""
+
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    for session in _sessions:
+        session.forked = True
+        session.link.abandon_in_child()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+class Request(Target):
+    """A question to the broker; `answer` is there when it is over."""
+
+    def __init__(self, model: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.asked_ns = time.monotonic_ns()
+        self.thread = threading.get_ident()
+        self.abandoned = False
+        self.answer: list[Claim] | bytes | TrtpoolError | None = None
+
+
+class Kept:
+    """Released slots that go back when the last array of them has ended."""
+
+    __slots__ = ("__weakref__", "at", "count", "lease_id", "model", "root_ref", "since")
+
+    def __init__(self, claim: Claim) -> None:
+        self.model = claim.model_index
+        self.lease_id = claim.lease_id
+        self.at = claim.at
+        self.count = claim.count
+        self.root_ref: weakref.ref[Any] | None = claim.root_ref
+        self.since = time.monotonic()
+
+
+class ModelState:
+    """What the client keeps of one model.
+
+    Attributes:
+        inputs, outputs: planes by tensor name.
+        cap: slots this client may hold.
+        held: slots it holds.
+        spares: claims granted in advance, by a Submit's `again`.
+        rhythm: single slots released so far; a caller that has released some will lease more.
+    """
+
+    __slots__ = ("cap", "held", "inputs", "outputs", "rhythm", "spares")
+
+    def __init__(self, inputs: dict[str, Plane], outputs: dict[str, Plane], cap: int) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.cap = cap
+        self.held = 0
+        self.rhythm = 0
+        self.spares: deque[Claim] = deque()
+
+
+class Session:
+    """A connection to the pool in `run_dir`.
+
+    Attributes:
+        pool: its name.
+        layout: its models and their planes.
+        segment: the mapped arena.
+        models: what is kept of each model.
+        forked: this process is a child of the one that connected.
+        closed: `close` was called.
+
+    Raises:
+        PoolNotFound, AccessDenied, PoolClosed, ProtocolError: see `trtpool.connect`.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        lifeline = connect_lifeline(run_dir)
+        try:
+            description, fd = receive_description(lifeline)
+            try:
+                self.segment = map_segment(fd, description.layout.segment_bytes)
+            finally:
+                os.close(fd)
+        except BaseException:
+            lifeline.close()
+            raise
+        self.pool = description.pool
+        self.layout: Layout = description.layout
+        self.link = Link(lifeline, description)
+        self.models = [
+            ModelState({p.spec.name: p for p in model.inputs}, {p.spec.name: p for p in model.outputs}, cap)
+            for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
+        ]
+        self.closed = self.forked = False
+        self._pid = os.getpid()
+        self._driver = Driver(self.link, self._exchange, self._unlocked)
+        self._background = Background(self._driver)
+        self._over: str | None = None  # why nothing more can be asked of the pool
+        self._next_seq = 0
+        self._next_request = 1
+        self._requests: dict[int, Request] = {}
+        self._pending: dict[int, Submitted] = {}
+        self._outgoing: list[m.Message] = []
+        self._urgent = False  # whether `_outgoing` must not wait for the next Submit
+        self._finished: deque[Submitted] = deque()
+        self._dropped: deque[Kept] = deque()
+        self._kept: set[Kept] = set()
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {
+            m.Grant: self._granted,
+            m.Done: self._done,
+            m.Error: self._error,
+            m.Recall: self._recalled,
+            m.Report: self._reported,
+            m.Bye: lambda bye: self._end(bye.text),
+        }
+        _sessions.add(self)
+        with self._driver:
+            for message in self.link.early:
+                self._handlers[type(message)](message)
+
+    def check_process(self) -> None:
+        """Raise `ForkedClient` in a child of the process that connected."""
+        if self.forked:
+            raise ForkedClient(
+                f"this client was connected by process {self._pid} and does not work in its child {os.getpid()}: "
+                "call trtpool.connect() in the child, or give the child pool.handle(), which connects by itself"
+            )
+
+    # ------------------------------------------------------------------ leasing
+
+    def claim(self, model: int, count: int, timeout_s: float | None) -> list[Claim]:
+        """Claims on `count` slots, from the spares if they fit, else by asking; see `Client.lease`."""
+        spare = self.take_spare(model, count)
+        return [spare] if spare is not None else self.answer(self.ask(model, count, timeout_s))
+
+    def take_spare(self, model: int, count: int) -> Claim | None:
+        """A claim on exactly `count` slots that was granted in advance, if there is one."""
+        self.check_process()
+        state = self.models[model]
+        with self._driver:
+            self._exchange()
+            for spare in state.spares:
+                if spare.count == count:
+                    state.spares.remove(spare)
+                    return spare
+        return None
+
+    def ask(self, model: int, count: int, timeout_s: float | None) -> Request:
+        """Ask for slots without waiting for the answer."""
+        self.check_process()
+        state = self.models[model]
+        if count > state.cap:
+            raise LeaseTooLarge(
+                f"{count} slots were asked for and this client may hold {state.cap} of model "
+                f"{self.layout.models[model].spec.name!r}; ask for fewer, or start the pool with more --slots"
+            )
+        request = Request(model)
+        wait_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
+        with self._driver:
+            self._require_open()
+            self._return_spares(state)
+            if state.held + count > state.cap and threading.active_count() == 1:
+                raise LeaseTooLarge(
+                    f"this client holds {state.held} of the {state.cap} slots that it may hold, and no other thread "
+                    "could release one: release results, and drop arrays kept of them, before you lease more"
+                )
+            self._ask(request, lambda number: m.Lease(number, model, count, wait_ns))
+        return request
+
+    def answer(self, request: Request) -> list[Claim]:
+        """Wait for the answer to `ask`; the broker keeps the time."""
+        try:
+            self._driver.wait(request, None)
+        except BaseException:
+            with self._driver:
+                request.abandoned = True
+                if isinstance(request.answer, list):
+                    self._return_claims(request.answer)
+                self._exchange()
+            raise
+        if isinstance(request.answer, list):
+            return request.answer
+        if isinstance(request.answer, TrtpoolError):
+            raise request.answer
+        raise ProtocolError("a lease was answered with a report")
+
+    def abandon(self, request: Request) -> None:
+        """Give back what an unwanted request is granted, now or later."""
+        with self._driver:
+            request.abandoned = True
+            if isinstance(request.answer, list):
+                self._return_claims(request.answer)
+            self._exchange()
+
+    def return_spares(self, model: int) -> None:
+        """Give back what was granted in advance."""
+        if self.closed or self.forked:
+            return
+        with self._driver:
+            self._return_spares(self.models[model])
+            self._urgent = bool(self._outgoing)
+            self._exchange()
+
+    def _return_spares(self, state: ModelState) -> None:
+        self._return_claims(list(state.spares))
+        state.spares.clear()
+
+    def _return_claims(self, claims: list[Claim]) -> None:
+        """Give back slots that nobody has seen."""
+        for claim in claims:
+            claim.released = True
+            self._give_back(claim.model_index, claim.lease_id, claim.at, claim.count)
+
+    def report(self, timeout_s: float) -> bytes:
+        """The broker's `PoolReport` as JSON."""
+        self.check_process()
+        request = Request()
+        with self._driver:
+            self._require_open()
+            self._ask(request, m.Status)
+        if not self._driver.wait(request, timeout_s):
+            raise PoolBusy(f"the pool did not answer within {timeout_s} s")
+        if isinstance(request.answer, TrtpoolError):
+            raise request.answer
+        assert isinstance(request.answer, bytes)
+        return request.answer
+
+    def _ask(self, request: Request, message: Callable[[int], m.Message]) -> None:
+        number = self._next_request
+        self._next_request += 1
+        self._requests[number] = request
+        self._send(message(number))
+
+    # ------------------------------------------------------------------ work
+
+    def submit(self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None) -> Submitted:
+        """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slot with the result."""
+        state = self.models[claim.model_index]
+        again = 1 if claim.count == 1 and state.rhythm > 1 and not state.spares else 0
+        return self.submit_again(claim, row, items, deadline_s, again)
+
+    def submit_again(
+        self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None, again: int
+    ) -> Submitted:
+        """Queue a claim and ask for `again` slots to be granted with the result."""
+        claim.require(LEASED)
+        per_slot = claim.model.items_per_slot
+        full = claim.count * per_slot
+        given = full if items is None else items
+        if not full - per_slot < given <= full:
+            raise InvalidInput(
+                f"{given} items in {claim.count} slots of {per_slot}: all but the last must be full; "
+                "submit slots by themselves with .slots()"
+            )
+        deadline_ns = None if deadline_s is None else max(0, int(deadline_s * 1e9))
+        with self._driver:
+            self._require_open()
+            seq = self._next_seq
+            self._next_seq += 1
+            submitted = Submitted(claim, row, seq, given)
+            claim.state = SUBMITTED
+            self._pending[seq] = submitted
+            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again))
+        return submitted
+
+    def cancel(self, claim: Claim) -> None:
+        """Ask the broker to drop a claim's work if it is still queued."""
+        self.check_process()
+        with self._driver:
+            if claim.state == SUBMITTED and self._over is None:
+                self._send(m.Cancel(claim.lease_id, claim.at, claim.count))
+
+    # ------------------------------------------------------------------ waiting
+
+    def wait(self, submitted: Submitted, timeout_s: float | None) -> bool:
+        """Wait for the end of some work; False when `timeout_s` passed first."""
+        self.check_process()
+        return self._driver.wait(submitted, timeout_s)
+
+    def wait_any(self, targets: list[Submitted | Request], timeout_s: float | None) -> bool:
+        """Wait for one of several; False when `timeout_s` passed first."""
+        self.check_process()
+        return self._driver.wait(AnyOf(targets), timeout_s)
+
+    def poll(self) -> None:
+        """Take in what has arrived, unless another thread is at it."""
+        self.check_process()
+        self._driver.try_visit()
+
+    def watch(self, submitted: Submitted) -> None:
+        """Have a background thread drive the socket until `submitted` is over."""
+        self.check_process()
+        with self._driver:
+            if not submitted.over and not submitted.watched:
+                submitted.watched = True
+                self._background.watch()
+
+    # ------------------------------------------------------------------ giving back
+
+    def release(self, claim: Claim) -> None:
+        """Give a claim's slots back: now, or when its work and its last view have ended."""
+        if self.closed or self.forked:
+            return
+        with self._driver:
+            if claim.state != SUBMITTED:
+                self._settle(Kept(claim))
+            elif self._over is None:  # its Done will find it released
+                self._send(m.Cancel(claim.lease_id, claim.at, claim.count))
+            self._exchange()
+
+    def release_dropped(self, claim: Claim) -> None:
+        """The same from a finalizer."""
+        if not (self.closed or self.forked):
+            self._dropped.append(Kept(claim))
+            self._driver.try_visit()
+
+    def _settle(self, kept: Kept) -> None:
+        """Give slots back, or wait for the end of the last array of them."""
+        root = kept.root_ref() if kept.root_ref is not None else None
+        if root is None:
+            self._give_back(kept.model, kept.lease_id, kept.at, kept.count)
+            return
+        this = weakref.ref(self)
+
+        def ended(_: weakref.ref[Any]) -> None:
+            session = this()
+            if session is not None and not (session.closed or session.forked):
+                session._kept.discard(kept)
+                session._dropped.append(kept)
+                session._driver.try_visit()
+
+        self._kept.add(kept)
+        kept.root_ref = weakref.ref(root, ended)
+
+    def _give_back(self, model: int, lease_id: int, at: int, count: int) -> None:
+        state = self.models[model]
+        state.held -= count
+        state.rhythm += count == 1
+        self._outgoing.append(m.Release(lease_id, at, count))
+        # With a spare in hand the next Submit is near, and takes the Release along.
+        self._urgent = self._urgent or not state.spares
+
+    def _unlocked(self) -> None:
+        """What is done after each time the lock was held."""
+        while self._finished:
+            try:
+                submitted = self._finished.popleft()
+            except IndexError:  # another thread was faster
+                break
+            submitted.announce()
+        while self._dropped and self._driver.try_acquire():
+            try:
+                while self._dropped:
+                    self._settle(self._dropped.popleft())
+                self._exchange()
+            finally:
+                self._driver.release()
+        if self._kept:
+            self._warn_of_kept()
+
+    def _warn_of_kept(self) -> None:
+        now = time.monotonic()
+        for kept in list(self._kept):
+            if now - kept.since > KEPT_WARNING_S:
+                kept.since = float("inf")
+                warnings.warn(
+                    f"{kept.count} slots were released {KEPT_WARNING_S:.0f} s ago and an array of them is still alive, "
+                    "which keeps them from the pool; copy what you need",
+                    ResourceWarning,
+                    stacklevel=2,
+                )
+
+    # ------------------------------------------------------------------ the wire, under the lock
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise PoolClosed("this client is closed")
+        if self._over is not None:
+            raise PoolClosed(self._over)
+
+    def _send(self, message: m.Message) -> None:
+        self._outgoing.append(message)
+        self._urgent = True
+        self._exchange()
+
+    def _exchange(self) -> None:
+        """Send what must go out and take in what has arrived, until neither is left."""
+        while not self.closed:
+            if self._urgent:
+                self._urgent = False
+                if self._over is None:
+                    outgoing, self._outgoing = self._outgoing, []
+                    self.link.send(outgoing)
+            received = self.link.receive()
+            for message in received:
+                handler = self._handlers.get(type(message))
+                if handler is None:
+                    raise ProtocolError(f"the broker sent a client {type(message).__name__}")
+                handler(message)
+            if not received and not self._urgent:
+                break
+        if self.link.ended and self._over is None and not self.closed:
+            self._receive_last()
+
+    def _receive_last(self) -> None:
+        """The lifeline has ended: take in what the broker sent before, up to its Bye."""
+        deadline = time.monotonic() + CLOSE_GRACE_S
+        while self._over is None and time.monotonic() < deadline:
+            self.link.wait(deadline - time.monotonic())
+            for message in self.link.receive():
+                self._handlers[type(message)](message)
+        if self._over is None:
+            self._end("the pool ended unexpectedly; see its log, and start it again with `trtpool start`")
+
+    def _end(self, reason: str) -> None:
+        """Nothing more will come: fail all that is waited for."""
+        self._over = reason
+        for submitted in list(self._pending.values()):
+            submitted.failure = PoolClosed(reason)
+            self._finish_work(submitted)
+        for number in list(self._requests):
+            self._answer(number, PoolClosed(reason))
+
+    # ------------------------------------------------------------------ what the broker says, under the lock
+
+    def _granted(self, grant: m.Grant) -> None:
+        now = time.monotonic_ns()
+        request = self._requests.get(grant.request)
+        layout = self.layout.models[grant.model]
+        claims = []
+        for lease_id, run in grant.leases:
+            if run.segment != layout.segment or run.first + run.count > layout.slots:
+                raise ProtocolError(f"granted {run.count} slots from {run.first} of {layout.slots}")
+            claim = Claim(self, grant.model, lease_id, run.first, 0, run.count)
+            claim.lease_ns = now - request.asked_ns if request is not None else 0
+            claims.append(claim)
+            self.models[grant.model].held += run.count
+        if request is None:
+            self.models[grant.model].spares.extend(claims)
+        elif request.abandoned:
+            del self._requests[grant.request]
+            self._return_claims(claims)
+        else:
+            self._answer(grant.request, claims)
+
+    def _done(self, done: m.Done) -> None:
+        submitted = self._pending.get(done.seq)
+        if submitted is None:
+            raise ProtocolError(f"the broker ended work {done.seq}, which is not in flight")
+        if submitted.take(done):
+            self._finish_work(submitted)
+
+    def _finish_work(self, submitted: Submitted) -> None:
+        claim = submitted.claim
+        del self._pending[submitted.seq]
+        claim.state = DONE
+        self._driver.finish(submitted)
+        self._finished.append(submitted)
+        if submitted.watched:
+            self._background.unwatch()
+        if claim.released:
+            self._settle(Kept(claim))
+
+    def _error(self, error: m.Error) -> None:
+        kinds: dict[int, type[TrtpoolError]] = {m.BUSY: PoolBusy, m.TOO_LARGE: LeaseTooLarge, m.CLOSING: PoolClosed}
+        kind = kinds.get(error.code, ProtocolError)
+        if error.request in self._requests:
+            self._answer(error.request, kind(error.text))
+        else:
+            self._end(f"the broker refused a message: {error.text}")
+
+    def _answer(self, number: int, answer: list[Claim] | bytes | TrtpoolError) -> None:
+        request = self._requests.pop(number)
+        request.answer = answer
+        self._driver.finish(request)
+
+    def _recalled(self, recall: m.Recall) -> None:
+        self._return_spares(self.models[recall.model])
+        self._urgent = bool(self._outgoing)
+
+    def _reported(self, report: m.Report) -> None:
+        if report.request in self._requests:
+            self._answer(report.request, report.body)
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Give back what can be, and leave.  Again: nothing."""
+        if self.closed or self.forked:
+            self.closed = True
+            return
+        with self._driver:
+            for state in self.models:
+                self._return_spares(state)
+            if self._over is None:
+                self._send(m.Bye("closed"))
+                self._end("this client is closed")
+            self.closed = True
+            self._background.stop()
+        self._driver.quiesce()
+        self._background.join()
+        self.link.close()

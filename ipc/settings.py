@@ -1,0 +1,140 @@
+"""Settings: what can be chosen, with defaults and bounds, in the units their names give.
+
+`PoolSettings` is what `trtpool start` and `trtpool.Pool` take; it is checked here, before
+any process starts.  `EngineSettings` is the part that a worker needs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+
+from .errors import ConfigError
+from .layout import Layout
+
+PROTOCOL_VERSION: Final = 1
+"""Rises with every change to a message, to the description or to the order they come in."""
+
+MAX_FRAME_BYTES: Final = 64 * 1024
+"""Largest frame a broker takes from anyone."""
+
+DEFAULT_MAX_BATCH: Final = 8
+MAX_ATTEMPTS: Final = 3
+"""Times an item may end a worker, or fail in one, while it runs alone."""
+
+Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31)], ...], msgspec.Meta(max_length=16)]
+
+
+class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a worker loads a model.
+
+    Attributes:
+        device: "cpu", the only kind of device so far.
+        threads: threads inside one engine call (onnxruntime's intra-op threads); 0 shares the
+            machine's CPUs out among the workers.
+        shapes: item shapes, by input name, for models that leave them open.
+    """
+
+    device: str = "cpu"
+    threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+    shapes: dict[str, Shape] = {}
+
+
+class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A model file and the name that clients use for it; the file's stem by default."""
+
+    path: str
+    name: str
+
+
+class InspectRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Standard input of `python -m trtpool.workers.inspect`, as JSON."""
+
+    source: ModelSource
+    engine: EngineSettings
+
+
+class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An error on its way between our own processes: a class name of `trtpool.ipc.errors`, and its text."""
+
+    kind: str
+    text: str
+
+
+class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that `trtpool start` can be told.
+
+    Attributes:
+        models: the model files to serve; at least one.
+        name: the pool's name, which clients connect to.
+        run_dir: the pool's run directory, absolute; holds its sockets and its lock.
+        engine: how workers load the models.
+        workers: worker processes.
+        slots: slots for each model; 0 means ``(lanes + 1) * max_batch`` items for each worker and two
+            batches more for producers.
+        items_per_slot: items in each slot.
+        max_batch: largest batch in items; at least `items_per_slot`; 0 means 8, or as many as one slot
+            holds if that is more, or fewer if the engine takes no more.
+        max_delay_us: how long the oldest item may wait for its batch to fill.  0 never waits: a
+            free worker takes what there is, and batches grow by themselves while all are busy.
+        max_slots_per_producer: slots of one model that one client may hold; 0 means all but one batch.
+        drain_timeout_s: how long a stopping pool waits for work in flight.
+    """
+
+    models: tuple[ModelSource, ...]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] = "default"
+    run_dir: str
+    engine: EngineSettings = EngineSettings()
+    workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    slots: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
+    items_per_slot: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
+    max_batch: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
+    max_delay_us: Annotated[int, msgspec.Meta(ge=0, le=60_000_000)] = 0
+    max_slots_per_producer: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
+    drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+
+    def __post_init__(self) -> None:
+        if not self.models:
+            raise ConfigError("no model given; name at least one .onnx file")
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ConfigError(
+                f"two models are called the same ({', '.join(names)}); name them with NAME=FILE, such as det=model.onnx"
+            )
+        if self.max_batch and self.max_batch < self.items_per_slot:
+            raise ConfigError(
+                f"--max-batch {self.max_batch} is smaller than --items-per-slot {self.items_per_slot}; "
+                "a slot is never split, so raise the first or lower the second"
+            )
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Standard input of `python -m trtpool.workers`, as JSON.
+
+    Attributes:
+        parent_pid: the supervisor, with which the worker ends.
+        lifeline_fd: its lifeline, connected and inherited.
+        models: each model and how to load it, in the order that messages number them.
+        cpus: CPUs that are this worker's share.
+    """
+
+    parent_pid: int
+    lifeline_fd: int
+    models: tuple[InspectRequest, ...]
+    cpus: int
+
+
+class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited."""
+
+    parent_pid: int
+    name: str
+    run_dir: str
+    epoch: int
+    layout: Layout
+    max_slots_per_producer: int
+    max_delay_us: int
+    listener_fd: int
+    control_fd: int
+    arena_fd: int

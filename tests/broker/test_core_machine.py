@@ -1,0 +1,467 @@
+"""The core against a model that knows only what was said: peers come, talk sense and nonsense, and die, in any order.
+
+The model keeps, for each lease, what each of its slots is (leased, submitted, done, gone), from messages alone; it knows
+nothing of rings, queues, batches or workers' credit.  That is enough to say which messages are legal, that no slot has two
+owners or is granted while a worker may write to it, and that whatever was submitted ends exactly once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+
+from tests.broker.core_rig import MS, Rig, everything
+from trtpool.broker import events as e
+from trtpool.ipc import messages as m
+
+HUGE = 2**31 - 1
+GONE, LEASED, SUBMITTED, DONE = "gone", "leased", "submitted", "done"
+
+small = st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 13, HUGE])
+counts = st.sampled_from([1, 1, 1, 2, 2, 3, 5, 8, 20, HUGE])
+wide = st.one_of(st.integers(0, 40), st.sampled_from([2**31, 2**63 - 1]))
+
+
+@dataclass
+class Lease:
+    model: int
+    first: int
+    slots: list[str]
+    seq: int = -1
+    seqs: dict[int, int] = field(default_factory=dict)  # of each slot that was submitted
+    items: dict[int, int] = field(default_factory=dict)
+
+    def holds(self, at: int) -> bool:
+        return self.slots[at] != GONE
+
+
+@dataclass
+class Client:
+    leases: dict[int, Lease] = field(default_factory=dict)
+    requests: dict[int, tuple[int, int]] = field(default_factory=dict)  # model and count, by number
+    closed: bool = False
+
+
+@dataclass
+class Device:
+    lanes: int = 0
+    runs: dict[int, m.Run] = field(default_factory=dict)
+
+
+class CoreMachine(RuleBasedStateMachine):
+    clients = Bundle("clients")
+
+    @initialize(target=clients, delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]))
+    def start(self, delay_us, cap):
+        self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap)
+        self.models = self.rig.core.models
+        self.living: dict[int, Client] = {}
+        self.working: dict[int, Device] = {}
+        self.next_peer = 1
+        self.next_request = 1
+        self.worker_joins(2)
+        return self.producer_joins()
+
+    # --- What the core says, checked and learned ---
+
+    def learn(self, actions):
+        for action in actions:
+            if isinstance(action, e.Send):
+                learner = getattr(self, f"on_{type(action.message).__name__.lower()}", None)
+                if learner:
+                    learner(action.peer, action.message)
+            elif isinstance(action, e.Forget):
+                assert action.peer not in self.working
+                client = self.living.get(action.peer)
+                assert client is None or (client.closed and not self.held(client)), "forgotten with slots"
+                self.living.pop(action.peer, None)
+
+    def held(self, client, model=None):
+        """``(model, slot)`` of each slot that is still the client's."""
+        return {
+            (lease.model, lease.first + at)
+            for lease in client.leases.values()
+            for at in range(len(lease.slots))
+            if lease.holds(at) and model in (None, lease.model)
+        }
+
+    def on_a_device(self):
+        return {
+            (run.model, slot)
+            for device in self.working.values()
+            for run in device.runs.values()
+            for rows in run.rows
+            for slot in range(rows.first, rows.first + rows.count)
+        }
+
+    def on_grant(self, peer, grant):
+        client = self.living[peer]
+        assert not client.closed
+        taken = self.on_a_device().union(*(self.held(other) for other in self.living.values()))
+        for lease_id, run in grant.leases:
+            new = {(grant.model, slot) for slot in range(run.first, run.first + run.count)}
+            assert run.first + run.count <= self.models[grant.model].layout.slots
+            assert taken.isdisjoint(new), "a slot has two owners, or a device writes to it"
+            taken |= new
+            assert all(lease_id not in other.leases for other in self.living.values())
+            client.leases[lease_id] = Lease(grant.model, run.first, [LEASED] * run.count)
+        if grant.request:
+            assert client.requests.pop(grant.request) == (grant.model, sum(run.count for _, run in grant.leases))
+
+    def on_done(self, peer, done):
+        lease = self.living[peer].leases[done.lease]
+        for at in range(done.first, done.first + done.count):
+            assert lease.slots[at] == SUBMITTED, "it was not submitted, or has ended before"
+            assert lease.seqs[at] == done.seq
+            lease.slots[at] = DONE
+            assert done.status == m.OK or done.text, "a failure has a reason"
+
+    def on_run(self, peer, run):
+        device, model = self.working[peer], self.models[run.model]
+        assert len(device.runs) <= device.lanes
+        assert sum(rows.items for rows in run.rows) <= model.max_batch
+        busy = self.on_a_device()
+        queued = {
+            (lease.model, lease.first + at): lease.items[at]
+            for client in self.living.values()
+            for lease in client.leases.values()
+            for at, state in enumerate(lease.slots)
+            if state == SUBMITTED and not client.closed
+        }
+        for rows in run.rows:
+            for index in range(rows.count):
+                slot = (run.model, rows.first + index)
+                assert slot not in busy, "two devices write to one slot"
+                assert queued[slot] == min(model.items_per_slot, rows.items - index * model.items_per_slot)
+                busy.add(slot)
+        device.runs[run.batch] = run
+
+    def on_error(self, peer, error):
+        if error.request:
+            assert self.living[peer].requests.pop(error.request), "answered twice"
+
+    def expect(self, peer, message, legal):
+        """Say it: what is legal gets no Error, and what is not gets one and changes nothing."""
+        if legal:
+            actions = self.rig.say(peer, message)
+            assert not [a for a in actions if isinstance(a, e.Send) and isinstance(a.message, m.Error)]
+            return actions
+        self.rig.refused(peer, message)
+        return []
+
+    # --- Peers come and go ---
+
+    @rule(target=clients)
+    def producer_joins(self):
+        if len(self.living) > 4:
+            return multiple()
+        peer, self.next_peer = self.next_peer, self.next_peer + 1
+        self.rig.do(e.ProducerJoined(peer))
+        self.living[peer] = Client()
+        return peer
+
+    @precondition(lambda self: len(self.working) < 3)
+    @rule(lanes=st.integers(0, 3))
+    def worker_joins(self, lanes):
+        peer, self.next_peer = self.next_peer, self.next_peer + 1
+        self.rig.do(e.WorkerJoined(peer, peer))
+        self.working[peer] = Device(lanes)
+        if lanes:
+            assert self.rig.say(peer, m.Ready("cpu", lanes)) == [e.WorkerReady(peer)]
+
+    @rule(peer=clients)
+    def producer_closes(self, peer):
+        client = self.living.get(peer)
+        if client:
+            client.closed = True
+            client.requests.clear()
+            dropped = self.rig.core.producers[peer].leases
+            actions = self.rig.do(e.ProducerClosed(peer))
+            # What was queued is quarantined as it is; only what runs on a device goes on.
+            for lease_id, lease in client.leases.items():
+                for at, state in enumerate(lease.slots):
+                    if state == SUBMITTED and (lease.model, lease.first + at) not in self.on_a_device():
+                        assert lease_id in dropped
+                        lease.slots[at] = DONE
+            self.learn(actions)
+
+    @rule(peer=consumes(clients))
+    def producer_ends(self, peer):
+        if peer in self.living:
+            actions = self.rig.do(e.ProducerEnded(peer))
+            del self.living[peer]
+            self.learn(actions)
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data())
+    def worker_ends(self, data):
+        peer = data.draw(st.sampled_from(sorted(self.working)), "peer")
+        self.lose_runs(self.working.pop(peer).runs.values())
+        self.learn(self.rig.do(e.WorkerEnded(peer, "SIGKILL")))
+
+    def lose_runs(self, runs):
+        """Slots of closed producers are not run again: they end where they stand, untold."""
+        slots = {
+            (run.model, slot)
+            for run in runs
+            for rows in run.rows
+            for slot in range(rows.first, rows.first + rows.count)
+        }
+        for client in self.living.values():
+            if client.closed:
+                for lease in client.leases.values():
+                    for at, state in enumerate(lease.slots):
+                        if state == SUBMITTED and (lease.model, lease.first + at) in slots:
+                            lease.slots[at] = DONE
+
+    # --- Producers talk ---
+
+    @rule(peer=clients, model=st.sampled_from([0, 0, 1, 1, 2, HUGE]), count=counts, wait=st.sampled_from([0, MS, None]))
+    def asks_for_slots(self, peer, model, count, wait):
+        client = self.living.get(peer)
+        if client is None or client.closed:
+            return
+        request, self.next_request = self.next_request, self.next_request + 1
+        message = m.Lease(request, model, count, wait)
+        if model >= len(self.models):
+            self.rig.refused(peer, message)
+        elif count > self.models[model].cap:
+            self.rig.refused(peer, message, m.TOO_LARGE)
+        else:
+            client.requests[request] = (model, count)
+            self.learn(self.rig.say(peer, message))
+            assert wait != 0 or request not in client.requests, "now or never"
+
+    @rule(peer=clients, model=st.sampled_from([0, 1]), count=st.integers(1, 6), cut=st.booleans(), again=st.integers(0, 2))
+    def works(self, peer, model, count, cut, again):
+        """Lease, submit at once and end the turn: so that something goes on."""
+        client = self.living.get(peer)
+        if client is None or client.closed or count > self.models[model].cap:
+            return
+        before = set(client.leases)
+        self.asks_for_slots(peer, model, count, 0)
+        for lease_id in client.leases.keys() - before:
+            lease = client.leases[lease_id]
+            if lease.model == model:  # else it is one that another request waited for
+                count = len(lease.slots)
+                items = count * self.models[model].items_per_slot - (cut and model)
+                self.submit(peer, lease_id, m.Submit(lease_id, 0, count, 0, items, None, again), legal=True)
+        self.turn_ends(0)
+
+    def a_lease(self, data, peer):
+        """A lease that is this client's, mostly; else another's, or nobody's."""
+        every = [lease for client in self.living.values() for lease in client.leases]
+        mine = list(self.living[peer].leases) * 3
+        lease_id = data.draw(st.sampled_from([*mine, *every, 2**63 - 1, 0]), "lease")
+        return lease_id, self.living[peer].leases.get(lease_id)
+
+    def a_range(self, data, lease):
+        """Slots of a lease, mostly of one state; else anything."""
+        if lease and data.draw(st.integers(0, 4), "sense"):
+            first = data.draw(st.integers(0, len(lease.slots) - 1), "first")
+            count = 1
+            while first + count < len(lease.slots) and lease.slots[first + count] == lease.slots[first]:
+                count += 1
+            return first, data.draw(st.integers(1, count), "count")
+        return data.draw(small, "first"), data.draw(counts, "count")
+
+    @rule(peer=clients, data=st.data(), deadline=st.sampled_from([None, None, 0, MS, 2**63 - 1]))
+    def submits(self, peer, data, deadline):
+        client = self.living.get(peer)
+        if client is None or client.closed:
+            return
+        lease_id, lease = self.a_lease(data, peer)
+        first, count = self.a_range(data, lease)
+        model = self.models[lease.model if lease else 0]
+        seq = data.draw(st.sampled_from([0, *([lease.seq + 1] * 6 if lease else [7])]), "seq")
+        full = count * model.items_per_slot
+        items = data.draw(st.sampled_from([*[min(full, HUGE)] * 5, min(full, HUGE) - 1 or 1, 1, HUGE]), "items")
+        wanted = data.draw(st.sampled_from([0, 0, 1, 3, HUGE]), "again")
+        legal = (
+            lease is not None
+            and any(lease.holds(at) for at in range(len(lease.slots)))
+            and first + count <= len(lease.slots)
+            and all(state == LEASED for state in lease.slots[first : first + count])
+            and seq > lease.seq
+            and full - model.items_per_slot < items <= full
+            and wanted <= model.cap
+        )
+        self.submit(peer, lease_id, m.Submit(lease_id, first, count, seq, items, deadline, wanted), legal)
+
+    def submit(self, peer, lease_id, message, legal):
+        assert self.expect(peer, message, legal) == []
+        if legal:
+            lease = self.living[peer].leases[lease_id]
+            items_per_slot = self.models[lease.model].items_per_slot
+            lease.seq = message.seq
+            for index in range(message.count):
+                at = message.first + index
+                lease.slots[at], lease.seqs[at] = SUBMITTED, message.seq
+                lease.items[at] = min(items_per_slot, message.items - index * items_per_slot)
+
+    @rule(peer=clients, data=st.data())
+    def releases(self, peer, data):
+        if peer not in self.living:
+            return
+        lease_id, lease = self.a_lease(data, peer)
+        first, count = self.a_range(data, lease)
+        legal = (
+            lease is not None
+            and first + count <= len(lease.slots)
+            and all(state in (LEASED, DONE) for state in lease.slots[first : first + count])
+        )
+        actions = self.expect(peer, m.Release(lease_id, first, count), legal)
+        if legal:
+            lease.slots[first : first + count] = [GONE] * count
+        self.learn(actions)
+
+    @rule(peer=clients, data=st.data())
+    def cancels(self, peer, data):
+        if peer not in self.living:
+            return
+        lease_id, lease = self.a_lease(data, peer)
+        first, count = self.a_range(data, lease)
+        self.learn(self.expect(peer, m.Cancel(lease_id, first, count), True))
+
+    # --- Workers talk ---
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data(), fails=st.sampled_from([False, False, True]))
+    def answers(self, data, fails):
+        peer = data.draw(st.sampled_from(sorted(self.working)), "peer")
+        device = self.working[peer]
+        every = [run for other in self.working.values() for run in other.runs]
+        batch = data.draw(st.sampled_from([*[*device.runs] * 4, *every, 0, 2**63 - 1]), "batch")
+        run = device.runs.get(batch)
+        attempt = data.draw(st.sampled_from([run.attempt] * 5 + [run.attempt + 1] if run else [0, HUGE]), "attempt")
+        legal = run is not None and attempt == run.attempt
+        times = data.draw(st.sampled_from([0, 5, 2**63 - 1]), "times")
+        message = m.Failed(batch, attempt, "no") if fails else m.Finished(batch, attempt, times, times, times, times)
+        actions = self.expect(peer, message, legal)
+        if legal:
+            if fails:
+                self.lose_runs([device.runs[batch]])
+            del device.runs[batch]
+        self.learn(actions)
+
+    @rule(data=st.data(), value=wide, count=counts)
+    @precondition(lambda self: self.living or self.working)
+    def nonsense(self, data, value, count):
+        """Messages that the peer's kind never sends."""
+        workers_say = [m.Finished(value, 0, 1, 1, 1, 1), m.Failed(value, 0, ""), m.Ready("", 1), m.Hello(1, bytes(40))]
+        producers_say = [
+            m.Lease(1, 0, 1, 0), m.Submit(value, 0, count, 0, count), m.Release(value, 0, count),
+            m.Cancel(value, 0, count), m.Status(value), m.Hello(0, bytes(40)),
+        ]  # fmt: skip
+        peer = data.draw(st.sampled_from([*self.living, *self.working]), "peer")
+        if peer in self.working:
+            self.rig.refused(peer, data.draw(st.sampled_from(producers_say), "message"))
+        elif not self.living[peer].closed:
+            self.rig.refused(peer, data.draw(st.sampled_from(workers_say), "message"))
+        else:
+            before = everything(self.rig.core)
+            assert self.rig.say(peer, data.draw(st.sampled_from(workers_say), "message")) == []
+            assert everything(self.rig.core) == before
+
+    @rule(peer=clients)
+    def asks_for_figures(self, peer):
+        if peer in self.living and not self.living[peer].closed:
+            (answer,) = self.rig.say(peer, m.Status(3))
+            assert isinstance(answer, e.Send)
+            assert isinstance(answer.message, m.Report)
+
+    @rule()
+    def everyone_answers_and_reads(self):
+        """Each worker finishes what it has, and each producer gives back what is done."""
+        for peer, device in self.working.items():
+            for batch in list(device.runs):
+                run = device.runs.pop(batch)
+                self.learn(self.rig.finish(peer, run))
+        for peer in list(self.living):
+            for lease_id, lease in self.living[peer].leases.items():
+                for at, state in enumerate(lease.slots):
+                    if state == DONE:
+                        lease.slots[at] = GONE
+                        self.learn(self.expect(peer, m.Release(lease_id, at, 1), True))
+        self.turn_ends(0)
+
+    @rule(after_ns=st.sampled_from([0, 0, MS // 2, 3 * MS]))
+    def turn_ends(self, after_ns):
+        self.learn(self.rig.turn(after_ns))
+
+    # --- What always holds ---
+
+    @invariant()
+    def the_figures_are_the_models(self):
+        if not hasattr(self, "rig"):
+            return
+        for index in range(len(self.models)):
+            said = [
+                state
+                for client in self.living.values()
+                for lease in client.leases.values()
+                if lease.model == index
+                for state in lease.slots
+            ]
+            free, leased, queued, running, done = self.rig.states(index)
+            orphans = len(
+                {slot for model, slot in self.on_a_device() if model == index}
+                - {slot for client in self.living.values() for _, slot in self.held(client, index)}
+            )
+            assert leased == said.count(LEASED)
+            assert done == said.count(DONE)
+            assert queued + running == said.count(SUBMITTED) + orphans
+            assert free == self.models[index].layout.slots - leased - queued - running - done
+
+    def teardown(self):
+        """Stop the pool: with one worker that answers all is done, all is answered, and every slot comes back."""
+        if not hasattr(self, "rig"):
+            return
+        self.learn(self.rig.do(e.Drain()))
+        assert not any(client.requests for client in self.living.values())
+        self.worker_joins_last()
+        drained = False
+        for _ in range(200):
+            actions = self.rig.turn(3 * MS)
+            drained = drained or e.Drained() in actions
+            self.learn(actions)
+            for peer, device in self.working.items():
+                for run in list(device.runs.values()):
+                    del device.runs[run.batch]
+                    self.learn(self.rig.finish(peer, run))
+            if drained:
+                break
+        assert drained
+        for client in self.living.values():
+            for lease in client.leases.values():
+                assert SUBMITTED not in lease.slots, "something was lost"
+        for peer in list(self.living):
+            actions = self.rig.do(e.ProducerEnded(peer))
+            del self.living[peer]
+            assert actions == [e.Forget(peer)]
+        for index, model in enumerate(self.models):
+            assert self.rig.states(index) == (model.layout.slots, 0, 0, 0, 0)
+        assert not self.rig.core.producers
+        assert self.rig.turn(2**62) == []
+        assert self.rig.core.next_timer_ns() is None or self.rig.core.next_timer_ns() > self.rig.now_ns
+
+    def worker_joins_last(self):
+        peer = self.next_peer
+        self.rig.worker(peer, lanes=1)
+        self.working[peer] = Device(1)
+
+
+TestCore = CoreMachine.TestCase
+TestCore.settings = settings(max_examples=600, stateful_step_count=80, deadline=None)

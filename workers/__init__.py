@@ -1,0 +1,1 @@
+"""Workers: processes that own one device each, and the engines that run models on it."""

@@ -1,0 +1,74 @@
+"""The engine protocol: what a worker needs from whatever runs the model.
+
+An engine is loaded, bound once to the planes of its model, and then told which rows to
+run.  It reads its inputs from those rows and writes its outputs to those rows; nothing
+is passed in and nothing is returned but times.
+
+One contract suite (`tests/workers/test_engine_contract.py`) runs against every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from trtpool.ipc.tensors import ModelSpec
+
+
+class Rows(NamedTuple):
+    """Adjacent slots to run: `count` slots from `first`, holding `items` items.
+
+    All slots are full but the last, so the items are ``planes[first].reshape(-1)`` items
+    0 to `items`, dense.
+    """
+
+    first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs of it
+    items: int
+
+
+class Times(NamedTuple):
+    """What one batch cost, in nanoseconds; phases an engine does not have are 0.
+
+    `gathered_items` counts the items that were copied through scratch memory, because many
+    scattered small rows cost more as calls than as one copy (CPU engine only).
+    """
+
+    copy_in_ns: int
+    compute_ns: int
+    copy_out_ns: int
+    gathered_items: int = 0
+
+
+Planes = Mapping[str, np.ndarray]
+"""Tensor name to plane, an array of shape ``(slots, items_per_slot, *item_shape)``, C-contiguous."""
+
+
+class Engine(Protocol):
+    """A loaded model on one device."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def bind(self, inputs: Planes, outputs: Planes, max_batch: int) -> None:
+        """Bind to the planes of the model, once, and allocate all scratch memory.
+
+        Raises:
+            ValueError: a plane does not have the shape, dtype or layout that `spec` asks for.
+        """
+
+    def run(self, batch: Sequence[Rows]) -> Times:
+        """Run the items of `batch` (at most `max_batch`) and return when their outputs are written.
+
+        Raises:
+            EngineError: the engine failed; the outputs of the batch are undefined.
+        """
+
+    def close(self) -> None:
+        """Free the device memory.  Calling it again does nothing."""
+
+
+class EngineError(Exception):
+    """The engine refused or failed a batch; the text is the engine's own."""
