@@ -59,8 +59,9 @@ class Mapper(Generic[T]):
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._planes = session.models[model].inputs
-        self._window = min(window, session.models[model].cap)
-        self._run_slots = max(1, min(RUN_BYTES // max(1, layout.slot_bytes), self._window // 4))
+        most = min(window, session.models[model].cap)
+        self._run_slots = max(1, min(RUN_BYTES // max(1, layout.slot_bytes), most // 4))
+        self._window = most - most % self._run_slots
         self._in_flight: deque[_Part[T]] = deque()
         self._slots_out = 0  # leased by us: being written, in flight, or being read
         self._request: Request | None = None
@@ -94,14 +95,14 @@ class Mapper(Generic[T]):
         """Slots to write; None when there is something better to do than to wait for them."""
         if self._claims:
             return self._claims.popleft()
+        count = self._run_slots
+        if self._slots_out + count > self._window:
+            return None
+        spare = self._session.take_spare(self._model, count)
+        if spare is not None:
+            self._slots_out += count
+            return spare
         if self._request is None:
-            count = min(self._run_slots, self._window - self._slots_out)
-            if count < 1:
-                return None
-            spare = self._session.take_spare(self._model, count)
-            if spare is not None:
-                self._slots_out += count
-                return spare
             self._request = self._session.ask(self._model, count, self._timeout_s)
         if self._in_flight and not self._request.over:
             return None

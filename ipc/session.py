@@ -205,6 +205,7 @@ class Session:
     def answer(self, request: Request) -> list[Claim]:
         """Wait for the answer to `ask`; the broker keeps the time."""
         try:
+            self._flush()  # others, or this very request, may wait for what we have released
             self._driver.wait(request, None)
         except BaseException:
             with self._driver:
@@ -233,6 +234,11 @@ class Session:
             return
         with self._driver:
             self._return_spares(self.models[model])
+        self._flush()
+
+    def _flush(self) -> None:
+        """Send what would wait for the next Submit."""
+        with self._driver:
             self._urgent = bool(self._outgoing)
             self._exchange()
 

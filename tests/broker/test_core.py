@@ -686,6 +686,20 @@ def test_dying_with_others_is_no_evidence(rig):
     pytest.fail("it was never run alone")
 
 
+def test_only_a_death_alone_counts(rig):
+    rig.submit(1)
+    deaths, done = 0, []
+    while not done:
+        run_of(rig.turn(), 10 + deaths)
+        done = sent(rig.do(e.WorkerEnded(10 + deaths, "SIGSEGV")), m.Done)
+        deaths += 1
+        rig.worker(10 + deaths)
+    assert deaths == 1 + MAX_ATTEMPTS, "the first time it was not kept apart from others"
+    assert (done[0].status, done[0].text) == (
+        m.WORKER_DIED, f"the worker ended: SIGSEGV (tried alone {MAX_ATTEMPTS} times)",
+    )  # fmt: skip
+
+
 def test_while_there_are_suspects_other_workers_go_on(rig):
     rig.worker(11)
     rig.submit(1, 4)

@@ -12,12 +12,9 @@ from dataclasses import dataclass, field
 import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
-    consumes,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
 )
@@ -60,10 +57,12 @@ class Device:
     runs: dict[int, m.Run] = field(default_factory=dict)
 
 
-class CoreMachine(RuleBasedStateMachine):
-    clients = Bundle("clients")
+def has_open_client(machine):
+    return any(not client.closed for client in machine.living.values())
 
-    @initialize(target=clients, delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]))
+
+class CoreMachine(RuleBasedStateMachine):
+    @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]))
     def start(self, delay_us, cap):
         self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap)
         self.models = self.rig.core.models
@@ -72,7 +71,7 @@ class CoreMachine(RuleBasedStateMachine):
         self.next_peer = 1
         self.next_request = 1
         self.worker_joins(2)
-        return self.producer_joins()
+        self.producer_joins()
 
     # --- What the core says, checked and learned ---
 
@@ -163,14 +162,12 @@ class CoreMachine(RuleBasedStateMachine):
 
     # --- Peers come and go ---
 
-    @rule(target=clients)
+    @precondition(lambda self: len(self.living) < 5)
+    @rule()
     def producer_joins(self):
-        if len(self.living) > 4:
-            return multiple()
         peer, self.next_peer = self.next_peer, self.next_peer + 1
         self.rig.do(e.ProducerJoined(peer))
         self.living[peer] = Client()
-        return peer
 
     @precondition(lambda self: len(self.working) < 3)
     @rule(lanes=st.integers(0, 3))
@@ -181,10 +178,17 @@ class CoreMachine(RuleBasedStateMachine):
         if lanes:
             assert self.rig.say(peer, m.Ready("cpu", lanes)) == [e.WorkerReady(peer)]
 
-    @rule(peer=clients)
-    def producer_closes(self, peer):
-        client = self.living.get(peer)
-        if client:
+    def a_client(self, data, *, may_be_closed=False):
+        """The number of one that lives."""
+        living = [peer for peer, client in self.living.items() if may_be_closed or not client.closed]
+        return data.draw(st.sampled_from(living), "peer")
+
+    @precondition(has_open_client)
+    @rule(data=st.data(), sure=st.integers(0, 2))
+    def producer_closes(self, data, sure):
+        peer = self.a_client(data)
+        client = self.living[peer]
+        if sure == 1:  # rather seldom
             client.closed = True
             client.requests.clear()
             dropped = self.rig.core.producers[peer].leases
@@ -197,16 +201,20 @@ class CoreMachine(RuleBasedStateMachine):
                         lease.slots[at] = DONE
             self.learn(actions)
 
-    @rule(peer=consumes(clients))
-    def producer_ends(self, peer):
-        if peer in self.living:
+    @precondition(lambda self: self.living)
+    @rule(data=st.data(), sure=st.integers(0, 2))
+    def producer_ends(self, data, sure):
+        peer = self.a_client(data, may_be_closed=True)
+        if sure == 1:
             actions = self.rig.do(e.ProducerEnded(peer))
             del self.living[peer]
             self.learn(actions)
 
     @precondition(lambda self: self.working)
-    @rule(data=st.data())
-    def worker_ends(self, data):
+    @rule(data=st.data(), sure=st.integers(0, 1))
+    def worker_ends(self, data, sure):
+        if not sure:
+            return
         peer = data.draw(st.sampled_from(sorted(self.working)), "peer")
         self.lose_runs(self.working.pop(peer).runs.values())
         self.learn(self.rig.do(e.WorkerEnded(peer, "SIGKILL")))
@@ -228,11 +236,18 @@ class CoreMachine(RuleBasedStateMachine):
 
     # --- Producers talk ---
 
-    @rule(peer=clients, model=st.sampled_from([0, 0, 1, 1, 2, HUGE]), count=counts, wait=st.sampled_from([0, MS, None]))
-    def asks_for_slots(self, peer, model, count, wait):
-        client = self.living.get(peer)
-        if client is None or client.closed:
-            return
+    @precondition(has_open_client)
+    @rule(
+        data=st.data(),
+        model=st.sampled_from([0, 0, 1, 1, 2, HUGE]),
+        count=counts,
+        wait=st.sampled_from([0, MS, None]),
+    )
+    def asks_for_slots(self, data, model, count, wait):
+        self.ask(self.a_client(data), model, count, wait)
+
+    def ask(self, peer, model, count, wait):
+        client = self.living[peer]
         request, self.next_request = self.next_request, self.next_request + 1
         message = m.Lease(request, model, count, wait)
         if model >= len(self.models):
@@ -244,21 +259,31 @@ class CoreMachine(RuleBasedStateMachine):
             self.learn(self.rig.say(peer, message))
             assert wait != 0 or request not in client.requests, "now or never"
 
-    @rule(peer=clients, model=st.sampled_from([0, 1]), count=st.integers(1, 6), cut=st.booleans(), again=st.integers(0, 2))
-    def works(self, peer, model, count, cut, again):
-        """Lease, submit at once and end the turn: so that something goes on."""
-        client = self.living.get(peer)
-        if client is None or client.closed or count > self.models[model].cap:
-            return
-        before = set(client.leases)
-        self.asks_for_slots(peer, model, count, 0)
-        for lease_id in client.leases.keys() - before:
-            lease = client.leases[lease_id]
-            if lease.model == model:  # else it is one that another request waited for
-                count = len(lease.slots)
-                items = count * self.models[model].items_per_slot - (cut and model)
-                self.submit(peer, lease_id, m.Submit(lease_id, 0, count, 0, items, None, again), legal=True)
-        self.turn_ends(0)
+    @rule(
+        counts=st.lists(st.integers(1, 6), min_size=5, max_size=5),
+        model=st.sampled_from([0, 1]),
+        cut=st.booleans(),
+        deadline=st.sampled_from([None, None, MS]),
+        again=st.integers(0, 2),
+        after_ns=st.sampled_from([0, MS]),
+    )
+    def everyone_works(self, counts, model, cut, deadline, again, after_ns):
+        """Each client leases and submits at once, and the turn ends: so that something goes on."""
+        while len(self.living) < 2:
+            self.producer_joins()
+        if not self.working:
+            self.worker_joins(1)
+        for (peer, client), count in zip(list(self.living.items()), counts, strict=False):
+            if client.closed:
+                continue
+            before = set(client.leases)
+            self.ask(peer, model, min(count, self.models[model].cap), 0)
+            for lease_id in client.leases.keys() - before:
+                lease = client.leases[lease_id]
+                items = len(lease.slots) * self.models[lease.model].items_per_slot - (cut and lease.model)
+                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again)
+                self.submit(peer, lease_id, message, legal=True)
+        self.turn_ends(after_ns)
 
     def a_lease(self, data, peer):
         """A lease that is this client's, mostly; else another's, or nobody's."""
@@ -277,11 +302,10 @@ class CoreMachine(RuleBasedStateMachine):
             return first, data.draw(st.integers(1, count), "count")
         return data.draw(small, "first"), data.draw(counts, "count")
 
-    @rule(peer=clients, data=st.data(), deadline=st.sampled_from([None, None, 0, MS, 2**63 - 1]))
-    def submits(self, peer, data, deadline):
-        client = self.living.get(peer)
-        if client is None or client.closed:
-            return
+    @precondition(has_open_client)
+    @rule(data=st.data(), deadline=st.sampled_from([None, None, 0, MS, 2**63 - 1]))
+    def submits(self, data, deadline):
+        peer = self.a_client(data)
         lease_id, lease = self.a_lease(data, peer)
         first, count = self.a_range(data, lease)
         model = self.models[lease.model if lease else 0]
@@ -311,10 +335,10 @@ class CoreMachine(RuleBasedStateMachine):
                 lease.slots[at], lease.seqs[at] = SUBMITTED, message.seq
                 lease.items[at] = min(items_per_slot, message.items - index * items_per_slot)
 
-    @rule(peer=clients, data=st.data())
-    def releases(self, peer, data):
-        if peer not in self.living:
-            return
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def releases(self, data):
+        peer = self.a_client(data, may_be_closed=True)
         lease_id, lease = self.a_lease(data, peer)
         first, count = self.a_range(data, lease)
         legal = (
@@ -327,10 +351,10 @@ class CoreMachine(RuleBasedStateMachine):
             lease.slots[first : first + count] = [GONE] * count
         self.learn(actions)
 
-    @rule(peer=clients, data=st.data())
-    def cancels(self, peer, data):
-        if peer not in self.living:
-            return
+    @precondition(lambda self: self.living)
+    @rule(data=st.data())
+    def cancels(self, data):
+        peer = self.a_client(data, may_be_closed=True)
         lease_id, lease = self.a_lease(data, peer)
         first, count = self.a_range(data, lease)
         self.learn(self.expect(peer, m.Cancel(lease_id, first, count), True))
@@ -375,12 +399,12 @@ class CoreMachine(RuleBasedStateMachine):
             assert self.rig.say(peer, data.draw(st.sampled_from(workers_say), "message")) == []
             assert everything(self.rig.core) == before
 
-    @rule(peer=clients)
-    def asks_for_figures(self, peer):
-        if peer in self.living and not self.living[peer].closed:
-            (answer,) = self.rig.say(peer, m.Status(3))
-            assert isinstance(answer, e.Send)
-            assert isinstance(answer.message, m.Report)
+    @precondition(has_open_client)
+    @rule(data=st.data())
+    def asks_for_figures(self, data):
+        (answer,) = self.rig.say(self.a_client(data), m.Status(3))
+        assert isinstance(answer, e.Send)
+        assert isinstance(answer.message, m.Report)
 
     @rule()
     def everyone_answers_and_reads(self):
@@ -464,4 +488,4 @@ class CoreMachine(RuleBasedStateMachine):
 
 
 TestCore = CoreMachine.TestCase
-TestCore.settings = settings(max_examples=600, stateful_step_count=80, deadline=None)
+TestCore.settings = settings(max_examples=250, stateful_step_count=100, deadline=None)

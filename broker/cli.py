@@ -1,0 +1,239 @@
+"""The command line: `trtpool start`, `status`, `stop`.
+
+Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
+error and an exit code of its own; `trtpool --help` prints their table.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import msgspec
+
+from trtpool.ipc import errors, rundir
+from trtpool.ipc.arena import format_bytes
+from trtpool.ipc.errors import DeviceUnavailable, TrtpoolError
+from trtpool.ipc.logs import set_up_logging
+from trtpool.ipc.remote import connect
+from trtpool.ipc.settings import EngineSettings
+
+from . import supervisor
+from .pool import make_settings
+from .view import show_report
+
+_CODES: Final = (
+    (0, "all went well; a pool drained and ended"),
+    (1, "a pool was stopped with work in flight"),
+    (2, "the command line cannot be understood"),
+    (errors.ConfigError.exit_code, "an option is not possible"),
+    (errors.ModelError.exit_code, "a model file cannot be served as it is"),
+    (errors.ArenaTooLarge.exit_code, "more slots than memory"),
+    (errors.RunDirError.exit_code, "the run directory cannot be used"),
+    (errors.NameInUse.exit_code, "a pool of that name runs already"),
+    (errors.DeviceUnavailable.exit_code, "the device cannot be used on this machine"),
+    (errors.MissingExtra.exit_code, "an optional package is not installed"),
+    (errors.PoolNotFound.exit_code, "no pool runs under that name"),
+    (errors.AccessDenied.exit_code, "this user may not attach"),
+    (errors.PoolBusy.exit_code, "the pool did not answer, or did not end, in time"),
+    (errors.PoolClosed.exit_code, "the pool ended unexpectedly"),
+    (errors.StartFailed.exit_code, "a broker or worker did not become ready"),
+    (errors.ProtocolError.exit_code, "pool and client have different versions of trtpool"),
+)
+
+
+class _Group(click.Group):
+    """Adds the table of exit codes to ``--help`` and turns our errors into one line each."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Exit codes"):
+            formatter.write_dl([(str(code), text) for code, text in _CODES])
+        super().format_epilog(ctx, formatter)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except TrtpoolError as error:
+            click.echo(f"trtpool: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def _parse_shapes(
+    _ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for value in values:
+        name, equals, dimensions = value.rpartition("=")
+        try:
+            shape = tuple(int(dimension) for dimension in dimensions.split("x")) if dimensions else ()
+        except ValueError:
+            shape, equals = (), ""
+        if not equals or any(dimension < 1 for dimension in shape):
+            raise click.BadParameter(f"{value!r} is not NAME=3x640x640, an input's name and its item shape")
+        shapes[name] = shape
+    return shapes
+
+
+def _parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    gpus = tuple(part.strip() for part in value.split(","))
+    known = all(gpu.isdigit() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus)
+    if not known or len(set(gpus)) != len(gpus):
+        raise click.BadParameter(f"{value!r} is not a list of different GPUs, such as 0,1 or GPU-<uuid>")
+    return gpus
+
+
+def _pool_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say which pool is meant."""
+    name = click.option("--name", default="default", show_default=True, help="The pool's name.")
+    run_dir = click.option(
+        "--run-dir",
+        type=click.Path(path_type=Path),
+        help="Its run directory [default: $TRTPOOL_RUN_DIR, or a directory for the name].",
+    )
+    return name(run_dir(command))
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="trtpool")
+def cli() -> None:
+    """Run inference worker pools that producers feed through shared memory.
+
+    \b
+    Examples:
+      trtpool start model.onnx
+      trtpool start det.onnx --shape x=3x640x640 --workers 2 --max-batch 4
+      trtpool start det=a.onnx cls=b.onnx --name ocr
+      trtpool status --json
+      trtpool stop --name ocr
+    """
+
+
+@cli.command()
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@_pool_options
+@click.option("--device", default="cpu", show_default=True, help="What workers run on.")
+@click.option("--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index, UUID or MIG id; one worker each.")
+@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Worker processes.")
+@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call [default: share].")
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    callback=_parse_shapes,
+    metavar="[MODEL:]INPUT=3x640x640",
+    help="Item shape of an input that the model leaves open.  Again for each.",
+)
+@click.option("--slots", type=click.IntRange(1, 2**24), help="Slots for each model [default: from workers and batch].")
+@click.option("--items-per-slot", type=click.IntRange(1, 2**20), default=1, show_default=True, help="Items in a slot.")
+@click.option("--max-batch", type=click.IntRange(1, 2**24), help="Largest batch, in items [default: 8, or a slot's items].")
+@click.option(
+    "--max-delay-us",
+    type=click.IntRange(0, 60_000_000),
+    default=0,
+    show_default=True,
+    help="How long an item may wait for its batch to fill; 0 takes what there is.",
+)
+@click.option(
+    "--max-slots-per-producer",
+    type=click.IntRange(1, 2**24),
+    help="Slots of a model that one client may hold [default: all but one batch].",
+)
+@click.option("--drain-timeout-s", type=click.FloatRange(0, 86_400), default=30.0, show_default=True, help="Patience at the end.")
+def start(
+    models: tuple[str, ...],
+    name: str,
+    run_dir: Path | None,
+    device: str,
+    gpus: tuple[str, ...],
+    shapes: dict[str, tuple[int, ...]],
+    threads: int,
+    slots: int | None,
+    max_batch: int | None,
+    max_slots_per_producer: int | None,
+    **options: int | float,
+) -> None:
+    """Serve models until stopped.
+
+    Each MODEL is an ONNX file, or NAME=FILE; its name is the file's stem by default.  The pool stays in the
+    foreground: the first SIGTERM or Ctrl-C drains it, a second stops it at once.
+    """
+    set_up_logging("supervisor")
+    if gpus:
+        raise DeviceUnavailable(
+            f"--gpus {','.join(gpus)}: no usable GPU on this machine for this version, which runs models on the CPU; "
+            "use --device cpu"
+        )
+    if device != "cpu":
+        raise DeviceUnavailable(f"--device {device}: this version runs models on the CPU; use --device cpu")
+    engine = EngineSettings(device=device, threads=threads, shapes=shapes)
+    settings = make_settings(
+        models,
+        rundir.run_dir_of(name, run_dir),
+        name=name,
+        engine=msgspec.to_builtins(engine),
+        slots=slots or 0,
+        max_batch=max_batch or 0,
+        max_slots_per_producer=max_slots_per_producer or 0,
+        **options,
+    )
+    missing = [source.path for source in settings.models if not Path(source.path).exists()]
+    if missing:
+        raise errors.ModelError(f"there is no file {missing[0]}; name an .onnx file")
+    sys.exit(supervisor.run(settings, _announce))
+
+
+def _announce(started: supervisor.Started) -> None:
+    for model in started.layout.models:
+        click.echo(
+            f"model {model.spec.name}: {', '.join(map(str, model.spec.inputs))} -> "
+            f"{', '.join(map(str, model.spec.outputs))}; {model.slots} slots of {format_bytes(model.slot_bytes)}, "
+            f"batches of up to {model.max_batch}"
+        )
+    workers = f"{started.workers} worker{'s' if started.workers > 1 else ''} on the CPU"
+    click.echo(
+        f"ready: pool {started.name!r} with {workers}, arena {format_bytes(started.layout.segment_bytes)}, "
+        f"in {started.run_dir}"
+    )
+    sys.stdout.flush()
+
+
+@cli.command()
+@_pool_options
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def status(name: str, run_dir: Path | None, as_json: bool) -> None:
+    """Show what a pool is doing."""
+    with connect(name, run_dir=run_dir) as client:
+        report = client.status()
+    if as_json:
+        click.echo(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        show_report(report)
+
+
+@cli.command()
+@_pool_options
+@click.option(
+    "--timeout-s", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds to wait for the pool to end."
+)
+def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
+    """Drain a pool: grant nothing new, finish what is in flight, end."""
+    path = rundir.run_dir_of(name, run_dir)
+    if not rundir.stop(path, timeout_s):
+        raise errors.PoolBusy(
+            f"the pool in {path} still drains after {timeout_s:g} s; wait, or run `trtpool stop` again to end it at once"
+        )
+    click.echo(f"pool {name!r} has ended" if run_dir is None else f"the pool in {path} has ended")
+
+
+def main() -> None:
+    """The console script."""
+    cli(prog_name="trtpool")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import gc
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trtpool.ipc import arena
+from trtpool.ipc.arena import SEALS, available_bytes, check_segment, create_segment, format_bytes, map_segment
+from trtpool.ipc.errors import ArenaTooLarge, ProtocolError
+from trtpool.ipc.layout import ModelPlan, plan, plane_array
+from trtpool.ipc.tensors import ModelSpec, TensorSpec
+
+SIZE = 16 * 4096
+F_SEAL_FUTURE_WRITE = 0x10  # not in the fcntl module yet
+
+
+def descriptors() -> set[str]:
+    return set(os.listdir("/proc/self/fd"))
+
+
+def mappings() -> int:
+    """How often a segment is mapped into this process."""
+    return Path("/proc/self/maps").read_text().count("memfd:trtpool-arena")
+
+
+@pytest.fixture
+def segment() -> Iterator[int]:
+    fd = create_segment(SIZE)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("size", [0, 4096, SIZE - 1, SIZE + 1, 2 * SIZE])
+def test_its_size_is_sealed(segment, size):
+    with pytest.raises(PermissionError):
+        os.ftruncate(segment, size)
+    assert os.fstat(segment).st_size == SIZE
+
+
+@pytest.mark.parametrize("seal", [F_SEAL_FUTURE_WRITE, fcntl.F_SEAL_WRITE])
+def test_its_seals_are_sealed(segment, seal):
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(segment, fcntl.F_ADD_SEALS, seal)
+    map_segment(segment, SIZE)[0] = 1
+
+
+def test_its_pages_are_there_from_the_start(segment):
+    """A sparse file would fail later, as SIGBUS."""
+    assert os.fstat(segment).st_blocks * 512 >= SIZE
+
+
+def test_it_has_no_name_and_takes_nothing_of_dev_shm(segment):
+    before = os.listdir("/dev/shm")
+    mapping = map_segment(segment, SIZE)
+    mapping[:] = b"\xff" * SIZE
+    assert os.listdir("/dev/shm") == before
+    assert os.fstat(segment).st_nlink == 0
+    assert os.fstat(segment).st_dev != os.stat("/dev/shm").st_dev
+    (line,) = (line for line in Path("/proc/self/maps").read_text().splitlines() if "trtpool-arena" in line)
+    assert line.endswith("/memfd:trtpool-arena (deleted)")
+
+
+def test_it_does_not_pass_to_a_child_by_itself(segment):
+    assert not os.get_inheritable(segment)
+
+
+@pytest.mark.parametrize(("size", "limit"), [(SIZE, SIZE - 1), (2**50, None), (2**62, None)])
+def test_more_than_may_be_taken(size, limit):
+    before = descriptors()
+    with pytest.raises(ArenaTooLarge, match="lower --slots"):
+        create_segment(size, limit_bytes=limit)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("size", [2**62, 2**63 - 1])
+def test_more_than_the_kernel_has(size):
+    before = descriptors()
+    with pytest.raises(ArenaTooLarge, match="could not allocate|may be taken"):
+        create_segment(size, limit_bytes=size)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["ftruncate", "posix_fallocate"])
+def test_when_pages_run_out_nothing_is_left(monkeypatch, call, code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(arena.os, call, fail)
+    before = descriptors()
+    with pytest.raises(ArenaTooLarge, match=r"could not allocate 64.0 KiB .*lower --slots"):
+        create_segment(SIZE)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EPERM, "no"), KeyboardInterrupt()])
+def test_other_failures_pass_through_and_leave_nothing(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(arena.fcntl, "fcntl", fail)
+    before = descriptors()
+    with pytest.raises(type(error)):
+        create_segment(SIZE)
+    assert descriptors() == before
+
+
+def test_what_is_available_is_no_more_than_the_machine_has():
+    assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_cgroups_limit_counts(monkeypatch):
+    real = Path.read_text
+    files = {"/sys/fs/cgroup/memory.max": "5000000\n", "/sys/fs/cgroup/memory.current": "3000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: files.get(str(self)) or real(self, *a, **k))
+    assert available_bytes() == 2_000_000
+    files["/sys/fs/cgroup/memory.current"] = "6000000\n"
+    assert available_bytes() == 0
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_bytes() > 6_000_000
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536 * 2**20, "1.5 GiB"), (2**40, "1.0 TiB"), (2**52, "4096.0 TiB")],
+)
+def test_bytes_for_people(count, text):
+    assert format_bytes(count) == text
+
+
+# --- Descriptors from elsewhere ---
+
+
+def unsealed() -> int:
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+def half_sealed() -> int:
+    fd = unsealed()
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
+
+
+def without_sealing() -> int:
+    fd = os.memfd_create("x", 0)
+    os.ftruncate(fd, SIZE)
+    return fd
+
+
+def file_of(directory: str | None) -> Callable[[], int]:
+    def make() -> int:
+        fd, path = tempfile.mkstemp(dir=directory)
+        os.unlink(path)
+        os.ftruncate(fd, SIZE)
+        return fd
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        unsealed, half_sealed, without_sealing, file_of(None), file_of("/dev/shm"),
+        lambda: os.open("/dev/null", os.O_RDWR), lambda: os.open("/", os.O_RDONLY), lambda: create_segment(2 * SIZE),
+        lambda: create_segment(SIZE - 4096),
+    ],
+)  # fmt: skip
+def test_what_is_no_segment_is_not_mapped(make):
+    fd = make()
+    before = mappings()
+    try:
+        with pytest.raises(ProtocolError, match="not a memfd|expected"):
+            map_segment(fd, SIZE)
+    finally:
+        os.close(fd)
+    assert mappings() == before
+
+
+def test_a_segment_passes(segment):
+    check_segment(segment, SIZE)
+    assert fcntl.fcntl(segment, fcntl.F_GET_SEALS) & SEALS == SEALS
+
+
+# --- Views that outlive their owner ---
+
+
+def test_two_mappings_are_one_memory(segment):
+    one, other = map_segment(segment, SIZE), map_segment(segment, SIZE)
+    one[5000] = 77
+    assert other[5000] == 77
+
+
+def test_a_mapping_outlives_its_descriptor():
+    fd = create_segment(SIZE)
+    mapping = map_segment(fd, SIZE)
+    os.close(fd)
+    mapping[SIZE - 1] = 3
+    assert mapping[SIZE - 1] == 3
+
+
+VIEWS: dict[str, Callable[[np.ndarray], object]] = {
+    "the array": lambda array: array,
+    "a slice": lambda array: array[1:3],
+    "a row": lambda array: array[2],
+    "a view of another type": lambda array: array.view(np.uint8),
+    "a reshaped array": lambda array: array.reshape(-1),
+    "a memoryview": memoryview,
+    "a memoryview of a slice": lambda array: memoryview(array[1:3]),
+    "DLPack": np.from_dlpack,
+    "DLPack of a slice": lambda array: np.from_dlpack(array[1:3]),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_view_keeps_the_mapping_and_nothing_else_does(kind):
+    """Drop the owner, collect, overwrite through another mapping, look."""
+    spec = ModelSpec("m", "/m", (TensorSpec("x", "float32", (8,)),), (TensorSpec("y", "float32", ()),))
+    layout = plan([ModelPlan(spec, 4, 2, 4)])
+    gc.collect()
+    before = mappings(), descriptors()
+    fd = create_segment(layout.segment_bytes)
+    root = plane_array(map_segment(fd, layout.segment_bytes), layout.models[0], layout.models[0].inputs[0])
+    view = VIEWS[kind](root)
+    collected = weakref.ref(root)
+    del root
+    gc.collect()
+    assert (collected() is None) == (kind != "the array"), "or the test would keep it alive itself" or True
+    other = map_segment(fd, layout.segment_bytes)
+    np.frombuffer(other, np.float32)[:] = 42
+    assert np.all(np.asarray(view).view(np.float32) == 42)
+    del other
+    gc.collect()
+    assert mappings() == before[0] + 1
+    del view
+    os.close(fd)
+    gc.collect()
+    assert (mappings(), descriptors()) == before
+
+
+def test_a_mapping_with_views_cannot_be_closed(segment):
+    """Why the client never closes it, and why that is safe to get wrong."""
+    mapping = map_segment(segment, SIZE)
+    array = np.frombuffer(mapping, np.uint8)
+    with pytest.raises(BufferError):
+        mapping.close()
+    assert array[0] == 0
+    assert isinstance(mapping, mmap.mmap)
