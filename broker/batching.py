@@ -145,9 +145,7 @@ class WorkQueue:
         room = max_items
         for chain in chains:
             items = sum(work.items for work in chain)
-            if items > room > 0:
-                chain = self._around_oldest(chain, age, room)
-            order += chain
+            order += self._around_oldest(chain, age, room) if items > room > 0 else chain
             room -= items
         return order
 

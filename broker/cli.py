@@ -14,6 +14,7 @@ from typing import Any, Final
 import click
 import msgspec
 
+from trtpool import __version__
 from trtpool.ipc import errors, rundir
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.errors import DeviceUnavailable, TrtpoolError
@@ -59,6 +60,10 @@ class _Group(click.Group):
         except TrtpoolError as error:
             click.echo(f"trtpool: {error}", err=True)
             ctx.exit(error.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "trtpool"
+            click.echo(f"trtpool: {error.format_message().rstrip('.')}; see `{command} --help`", err=True)
+            ctx.exit(error.exit_code)
 
 
 def _parse_shapes(
@@ -99,7 +104,7 @@ def _pool_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="trtpool")
+@click.version_option(__version__)
 def cli() -> None:
     """Run inference worker pools that producers feed through shared memory.
 

@@ -3,8 +3,8 @@
 One turn: sleep until something happens; read lifelines, pidfds, the control socket and every ZeroMQ message
 that has arrived; let the core end its turn, which makes batches of all of it; send each peer at most one frame.
 
-One epoll watches everything.  ZeroMQ's descriptor is in it beside the others, since 256 descriptors in a
-`zmq.Poller` cost 28 us a poll, and in an epoll 2.
+One epoll watches all lifelines and pidfds, and ZeroMQ polls its socket and that epoll: 256 descriptors in a
+`zmq.Poller` would cost 28 us a poll, and in an epoll 2.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 import zmq
@@ -36,6 +36,13 @@ from .core import Core
 from .doorman import Doorman
 
 log = logging.getLogger("trtpool.broker")
+
+# Plain integers: pyzmq's enum flags cost 2 us a use.
+NOBLOCK: Final = int(zmq.NOBLOCK)
+SNDMORE: Final = int(zmq.SNDMORE) | NOBLOCK
+RCVMORE: Final = int(zmq.RCVMORE)
+EVENTS: Final = int(zmq.EVENTS)
+POLLIN: Final = int(zmq.POLLIN)
 
 MAX_FRAMES_A_TURN: Final = 256
 MAX_OUTBOX_FRAMES: Final = 1024
@@ -102,8 +109,9 @@ class Loop:
         self._router.bind(self._endpoint)
         self._zmq_fd = int(self._router.getsockopt(zmq.FD))
         self._epoll = select.epoll()
-        for fd in (self._zmq_fd, self._listener.fileno(), self._control.fileno()):
+        for fd in (self._listener.fileno(), self._control.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
+        self._poll_items: list[tuple[Any, int]] = [(self._router, POLLIN), (self._epoll.fileno(), POLLIN)]
 
     def run(self) -> None:
         """Serve."""
@@ -119,29 +127,28 @@ class Loop:
     # ------------------------------------------------------------------ sleeping
 
     def _sleep(self) -> list[int]:
-        """Wait for the next thing to happen; returns the descriptors that it happened to."""
-        timeout_s: float | None = None
-        if self._has_messages():
-            timeout_s = 0
-        else:
-            timers = [self._core.next_timer_ns(), self._accept_again_ns or None]
-            if self._slow:
-                timers.append(time.monotonic_ns() + RETRY_NS)
-            due = [timer for timer in timers if timer is not None]
-            if due:
-                left_ns = max(0, min(due) - time.monotonic_ns())
-                timeout_s = left_ns / 1e9
-                if 0 < left_ns < FINE_TIMER_NS:
-                    select.select([self._epoll.fileno()], [], [], timeout_s)
-                    timeout_s = 0
-        return [fd for fd, _ in self._epoll.poll(timeout_s)]
+        """Wait for the next thing to happen; returns the descriptors, but for ZeroMQ's, that it happened to."""
+        timers = [self._core.next_timer_ns(), self._accept_again_ns or None]
+        if self._slow:
+            timers.append(time.monotonic_ns() + RETRY_NS)
+        due = [timer for timer in timers if timer is not None]
+        timeout_ms = -1
+        if due:
+            left_ns = max(0, min(due) - time.monotonic_ns())
+            timeout_ms = -(-left_ns // 1_000_000)
+            if 0 < left_ns < FINE_TIMER_NS:
+                if not self._has_messages():
+                    select.select([self._zmq_fd, self._epoll.fileno()], [], [], left_ns / 1e9)
+                timeout_ms = 0
+        for what, _ in zmq.zmq_poll(self._poll_items, timeout_ms):
+            if what == self._epoll.fileno():
+                return [fd for fd, _ in self._epoll.poll(0)]
+        return []
 
     def _has_messages(self) -> bool:
-        return bool(self._router.getsockopt(zmq.EVENTS) & zmq.POLLIN)  # type: ignore[operator, arg-type]
+        return bool(self._router.getsockopt(EVENTS) & POLLIN)  # type: ignore[operator]
 
     def _look_at(self, fd: int) -> None:
-        if fd == self._zmq_fd:
-            return
         if fd == self._listener.fileno():
             self._accept()
         elif fd == self._control.fileno():
@@ -274,7 +281,7 @@ class Loop:
             except BlockingIOError:
                 return
             if not data:
-                raise SystemExit("the supervisor ended")
+                raise SystemExit(1)  # the supervisor ended
             message = c.decode(data)
             if isinstance(message, c.WorkerStarted):
                 sock_fd, pidfd = fds
@@ -303,14 +310,14 @@ class Loop:
     def _read_messages(self) -> None:
         router = self._router
         for _ in range(MAX_FRAMES_A_TURN):
-            try:
-                identity = router.recv(zmq.NOBLOCK)
-            except zmq.Again:
+            if not self._has_messages():
                 return
-            frame = router.recv(zmq.NOBLOCK)
+            identity = router.recv(NOBLOCK)
+            frame = router.recv(NOBLOCK)
+            # More parts than one would be taken for another peer's identity and frame.
             whole = True
-            while router.getsockopt(zmq.RCVMORE):
-                router.recv(zmq.NOBLOCK)
+            while router.getsockopt(RCVMORE):
+                router.recv(NOBLOCK)
                 whole = False
             self._take_frame(identity, frame if whole else b"")
 
@@ -352,7 +359,7 @@ class Loop:
         if self._doorman.turn_away(identity):
             frame = m.encode([m.Error(m.DENIED, "the first message must be Hello with a token of this pool")])
             with contextlib.suppress(zmq.ZMQError):
-                self._router.send_multipart([identity, frame], zmq.NOBLOCK)
+                self._router.send_multipart([identity, frame], NOBLOCK)
 
     # ------------------------------------------------------------------ decisions out
 
@@ -390,6 +397,8 @@ class Loop:
                 self._forget(gone)
 
     def _send(self, peer: _Peer, frame: bytes) -> None:
+        if peer.worker is None and peer.sock.fileno() < 0:
+            return  # it left, or was cut off, and reads nothing any more
         if peer.outbox:
             peer.outbox.append(frame)
         elif not self._try_send(peer, frame):
@@ -405,8 +414,8 @@ class Loop:
         if identity is None:
             return True
         try:
-            self._router.send(identity, zmq.SNDMORE | zmq.NOBLOCK)
-            self._router.send(frame, zmq.NOBLOCK)
+            self._router.send(identity, SNDMORE)
+            self._router.send(frame, NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:

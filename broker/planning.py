@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
 import msgspec
@@ -64,31 +65,39 @@ def requests(settings: PoolSettings) -> tuple[InspectRequest, ...]:
     )
 
 
-def inspect(wanted: Sequence[InspectRequest]) -> list[ModelSpec]:
+def inspect(
+    wanted: Sequence[InspectRequest], waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> list[ModelSpec]:
     """Have each model looked at by a child, so that no engine is ever loaded into the supervisor.
+
+    Args:
+        wanted: the models.
+        waiting: what is entered while their children are waited for; it may raise, and they are ended.
 
     Raises:
         ModelError: it cannot be served.
         MissingExtra: its engine is not installed.
     """
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-m", "trtpool.workers.inspect"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=child_environment(),
-            start_new_session=True,
-        )
-        for _ in wanted
-    ]
+    children: list[subprocess.Popen[bytes]] = []
     try:
-        answers = [
-            child.communicate(msgspec.json.encode(request))[0] for child, request in zip(children, wanted, strict=True)
-        ]
+        for _ in wanted:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "trtpool.workers.inspect"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=child_environment(),
+                start_new_session=True,
+            )
+            children.append(child)
+        with waiting():
+            answers = [
+                child.communicate(msgspec.json.encode(request))[0]
+                for child, request in zip(children, wanted, strict=True)
+            ]
     finally:
         for child in children:
-            child.kill()
-            child.wait()
+            with child:  # closes its pipes and waits for its end
+                child.kill()
     return [_read(answer, child, request) for answer, child, request in zip(answers, children, wanted, strict=True)]
 
 

@@ -81,6 +81,7 @@ class Supervisor:
     """
 
     def __init__(self, settings: PoolSettings, announce: Callable[[Started], None]) -> None:
+        self._requests = requests(settings)
         self._settings = settings
         self._announce = announce
         self._stack = contextlib.ExitStack()
@@ -92,9 +93,8 @@ class Supervisor:
         self._broker_ready = self._drained = False
         self._serving = False
         self._stop_asked = 0
-        self._starting = True
+        self._interruptible = False
         self._wake_r, self._wake_w = socket.socketpair()
-        self._requests = requests(settings)
 
     def run(self) -> int:
         """Start, serve and stop; returns the exit code.
@@ -102,7 +102,8 @@ class Supervisor:
         Raises:
             TrtpoolError: the pool could not start, or its broker ended.
         """
-        with self._stack, self._signals():
+        # Signals are ours until all is cleaned up: one more must not end us in the middle of that.
+        with self._signals(), self._stack:
             try:
                 self._start()
             except Stopped:
@@ -116,12 +117,11 @@ class Supervisor:
     def _signals(self) -> Iterator[None]:
         def handle(_number: int, _frame: FrameType | None) -> None:
             self._stop_asked += 1
-            if self._starting:
+            if self._interruptible:
                 raise Stopped
 
         for sock in (self._wake_r, self._wake_w):
             sock.setblocking(False)
-            self._stack.enter_context(sock)
         self._epoll.register(self._wake_r.fileno(), select.EPOLLIN)
         wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         before = {number: signal.signal(number, handle) for number in wanted}
@@ -132,6 +132,22 @@ class Supervisor:
             signal.set_wakeup_fd(wake_before)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self._wake_r.close()
+            self._wake_w.close()
+
+    @contextlib.contextmanager
+    def _interrupts(self) -> Iterator[None]:
+        """While waiting for a child that is looked after already: a signal raises `Stopped`.
+
+        Elsewhere it could fall between the start of a child and our knowing of it.
+        """
+        self._interruptible = True
+        try:
+            if self._stop_asked:
+                raise Stopped
+            yield
+        finally:
+            self._interruptible = False
 
     # ------------------------------------------------------------------ starting
 
@@ -143,17 +159,15 @@ class Supervisor:
             )
         run_dir = RunDir.claim(Path(settings.run_dir))
         self._stack.callback(run_dir.release)
-        layout = lay_out(settings, inspect(self._requests))
+        layout = lay_out(settings, inspect(self._requests, self._interrupts))
         arena_fd = create_segment(layout.segment_bytes)
         self._stack.callback(os.close, arena_fd)
         listener = self._stack.enter_context(lifeline.listen(run_dir.path))
-        self._stack.callback(self._kill_children)
         self._start_broker(layout, listener, arena_fd)
         self._wait_for(lambda: self._broker_ready)
         for worker in self._workers:
             self._start_worker(worker)
         self._wait_for(lambda: all(worker.ready for worker in self._workers))
-        self._starting = False
         self._serving = True
         self._announce(Started(settings.name, run_dir.path, layout, len(self._workers)))
 
@@ -178,6 +192,7 @@ class Supervisor:
     def _start_broker(self, layout: Layout, listener: socket.socket, arena_fd: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = self._stack.enter_context(ours)
+        self._stack.callback(self._kill_children)  # before the control socket closes, so that the broker does not see it
         with theirs:
             config = BrokerConfig(
                 parent_pid=os.getpid(),
@@ -210,6 +225,8 @@ class Supervisor:
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:
         while not ready():
+            if self._stop_asked:
+                raise Stopped
             self._step(None)
 
     # ------------------------------------------------------------------ serving

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -99,6 +100,7 @@ class Client:
             LeaseTooLarge: more than this client may hold.
             PoolBusy, PoolClosed, ForkedClient: see `lease`.
         """
+        count = operator.index(count)
         if count < 1:
             raise InvalidInput(f"lease_many() takes a count of at least 1, got {count}")
         claims = self.session.claim(self.model_index(model), count, timeout_s)
@@ -138,10 +140,10 @@ class Client:
             for spec in layout.spec.outputs
         }
         step = self.session.models[index].cap * layout.items_per_slot
-        for start in range(0, items or 1, step):
-            end = min(start + step, items or 1)
-            self._infer_slice(index, checked, outputs, start, end, timeout_s)
-        return outputs if items is not None else {name: array[0] for name, array in outputs.items()}
+        total = 1 if items is None else items
+        for start in range(0, total, step):
+            self._infer_slice(index, checked, outputs, start, min(start + step, total), timeout_s)
+        return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
 
     def _infer_slice(
         self,
@@ -264,7 +266,10 @@ def _check_inputs(layout: ModelLayout, given: dict[str, npt.ArrayLike]) -> tuple
             f"model {layout.spec.name!r} has the inputs {', '.join(specs)}, got {', '.join(given) or 'none'}"
         )
     first = layout.spec.inputs[0]
-    shape = np.shape(given[first.name])
+    try:
+        shape = np.shape(given[first.name])
+    except ValueError:  # rows of different lengths; `check_array` says so
+        shape = first.shape
     items = None if shape == first.shape else shape[0] if shape else 0
     leading = () if items is None else (items,)
     arrays = {name: check_array(spec, given[name], leading) for name, spec in specs.items()}

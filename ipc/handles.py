@@ -114,9 +114,13 @@ class Claim:
         return np.ndarray(shape, plane.spec.numpy_dtype, self.root(), offset)
 
     def split(self, at: int, count: int) -> Claim:
-        """A claim on `count` of these slots from `at`; the caller gives up this one."""
+        """A claim on `count` of these slots from `at`; the caller gives up this one.
+
+        Arrays that somebody keeps of this one keep the parts' slots too: nothing tells which of them they show.
+        """
         claim = Claim(self.session, self.model_index, self.lease_id, self.first + at, self.at + at, count)
         claim.lease_ns = self.lease_ns
+        claim.root_ref = self.root_ref
         return claim
 
     def require(self, state: int) -> None:
@@ -128,7 +132,6 @@ class Claim:
     def release(self) -> None:
         """Give the slots back, when the last view of them has ended.  Again: nothing."""
         if not self.released:
-            self.released = True
             self.session.release(self)
 
     def __del__(self) -> None:
@@ -136,13 +139,13 @@ class Claim:
         if getattr(self, "released", True):
             return
         self.released = True
+        self.session.release_dropped(self)  # first, for warnings may be errors
         if self.state == LEASED and not (self.session.closed or self.session.forked):
             warnings.warn(
                 f"{self.count} leased slots were dropped without submit() or release(); use `with pool.lease() as slot:`",
                 ResourceWarning,
                 stacklevel=2,
             )
-        self.session.release_dropped(self)
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -279,6 +282,7 @@ class Result:
     """Outputs of finished work: views of the arena, valid until the slots are released.
 
     Attributes:
+        items: items in all its slots together.
         phases: where the time went.
         errors: for a run of several slots read with ``partial=True``, the slots that failed, counted from the
             first, and why.
@@ -306,8 +310,18 @@ class Result:
         return Tensors(claim, claim.session.models[claim.model_index].outputs, DONE, self._row, self)
 
     def at(self, row: int) -> Result:
-        """The result of one slot of a run."""
-        return Result(self._claim, row, self._claim.model.items_per_slot, self.phases, {})
+        """The result of one slot of a run, counted from its first.
+
+        Raises:
+            InvalidInput: there is no such slot.
+            WorkError: that slot failed.
+        """
+        if not 0 <= row < self._claim.count:
+            raise InvalidInput(f"slot {row} of {self._claim.count}")
+        if row in self.errors:
+            raise self.errors[row]
+        per_slot = self._claim.model.items_per_slot
+        return Result(self._claim, row, min(per_slot, self.items - row * per_slot), self.phases, {})
 
     def release(self) -> None:
         """Give the slots back."""
@@ -420,6 +434,7 @@ class Submitted(Future[Result]):
             raise self.failure
         if self.errors and not (partial and len(self.errors) < self.claim.count):
             raise self.errors[min(self.errors)]
+        self.claim.require(DONE)
         return self._make_result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:

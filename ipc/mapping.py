@@ -14,7 +14,7 @@ from typing import Final, Generic, TypeVar
 
 import numpy as np
 
-from .errors import PoolBusy, WorkError
+from .errors import InvalidInput, PoolBusy, WorkError
 from .handles import LEASED, Claim, Result, Submitted, Tensors
 from .session import Request, Session
 
@@ -67,6 +67,7 @@ class Mapper(Generic[T]):
         self._request: Request | None = None
         self._claims: deque[Claim] = deque()
         self._exhausted = False
+        self._failure: Exception | None = None  # raised by `items` or `write`; due when what came before is read
 
     def run(self) -> Iterator[tuple[T, Result]]:
         """Yield items with their results."""
@@ -74,13 +75,19 @@ class Mapper(Generic[T]):
             while True:
                 self._fill()
                 if not self._in_flight:
-                    return
+                    break
                 part = self._next_part()
-                yield from self._deliver(part)
+                try:
+                    yield from self._deliver(part)
+                except Exception:
+                    part.submitted.release()
+                    raise
                 part.submitted.release()
                 self._slots_out -= part.submitted.claim.count
         finally:
             self._clean_up()
+        if self._failure is not None:
+            raise self._failure
 
     # ------------------------------------------------------------------ writing
 
@@ -103,7 +110,7 @@ class Mapper(Generic[T]):
             self._slots_out += count
             return spare
         if self._request is None:
-            self._request = self._session.ask(self._model, count, self._timeout_s)
+            self._request = self._session.ask(self._model, count, self._timeout_s, at_once=not self._in_flight)
         if self._in_flight and not self._request.over:
             return None
         request, self._request = self._request, None
@@ -122,16 +129,7 @@ class Mapper(Generic[T]):
         started = time.monotonic_ns()
         batch: list[T] = []
         try:
-            while len(batch) < claim.count:
-                try:
-                    item = next(self._items)
-                except StopIteration:
-                    self._exhausted = True
-                    break
-                row = len(batch)
-                written = self._write(item, Tensors(claim, self._planes, LEASED, row))
-                batch.append(item)
-                last = written if self._per_slot > 1 and isinstance(written, int) else self._per_slot
+            while len(batch) < claim.count and (last := self._write_next(claim, batch)):
                 if last != self._per_slot or (
                     len(batch) < claim.count and time.monotonic_ns() - started > SLOW_WRITE_NS
                 ):
@@ -147,19 +145,47 @@ class Mapper(Generic[T]):
                 claim = self._submit_head(claim, batch, self._per_slot)
             self._give_up(claim)
 
+    def _write_next(self, claim: Claim, batch: list[T]) -> int:
+        """Write the next item behind those in `batch`; returns how many items its slot holds, 0 if there is none."""
+        try:
+            for item in self._items:
+                items = self._items_of(self._write(item, Tensors(claim, self._planes, LEASED, len(batch))))
+                batch.append(item)
+                return items
+        except Exception as error:  # noqa: BLE001: theirs, and raised when what came before it is read
+            self._failure = error
+        self._exhausted = True
+        return 0
+
+    def _items_of(self, written: object) -> int:
+        """How many items a slot holds, by what `write` returned."""
+        if self._per_slot == 1 or not isinstance(written, (int, np.integer)) or isinstance(written, bool):
+            return self._per_slot
+        if not 1 <= written <= self._per_slot:
+            raise InvalidInput(f"write() returned {written} for a slot of {self._per_slot} items")
+        return int(written)
+
     def _submit_head(self, claim: Claim, batch: list[T], last_items: int) -> Claim:
         """Submit the slots that are filled; returns a claim on the rest, which may be none."""
         filled = len(batch)
+        head, rest = claim.split(0, filled), claim.split(filled, claim.count - filled)
         claim.released = True
-        rest = claim.split(filled, claim.count - filled)
         if not rest.count:
             rest.released = True
-        self._submit(claim.split(0, filled), batch, (filled - 1) * self._per_slot + last_items)
+        try:
+            self._submit(head, batch, (filled - 1) * self._per_slot + last_items)
+        except BaseException:
+            rest.release()
+            raise
         return rest
 
     def _submit(self, claim: Claim, batch: list[T], items: int) -> None:
         again = 0 if self._exhausted else claim.count
-        submitted = self._session.submit_again(claim, None, items, None, again)
+        try:
+            submitted = self._session.submit_again(claim, None, items, None, again)
+        except BaseException:
+            claim.release()
+            raise
         self._in_flight.append(_Part(submitted, batch))
 
     def _give_up(self, claim: Claim) -> None:
@@ -171,7 +197,8 @@ class Mapper(Generic[T]):
 
     def _next_part(self) -> _Part[T]:
         if not self._ordered:
-            self._session.wait_any([part.submitted for part in self._in_flight], self._timeout_s)
+            if not self._session.wait_any([part.submitted for part in self._in_flight], self._timeout_s):
+                raise TimeoutError(f"no result within {self._timeout_s} s")
             for index, part in enumerate(self._in_flight):
                 if part.submitted.over:
                     del self._in_flight[index]

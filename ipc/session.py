@@ -7,6 +7,7 @@ to a deque and try to take the lock; if it is taken, its holder sees to it when 
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 import time
@@ -33,7 +34,14 @@ CLOSE_GRACE_S: Final = 1.0
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
 
+_LONGEST_NS: Final = 2**62
+
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _wire_ns(seconds: float | None) -> int | None:
+    """A span of time as messages carry it: None or infinity is no bound, what is negative is 0."""
+    return None if seconds is None else int(min(max(0.0, seconds * 1e9), _LONGEST_NS))
 
 
 def _forget_in_child() -> None:
@@ -128,7 +136,7 @@ class Session:
         ]
         self.closed = self.forked = False
         self._pid = os.getpid()
-        self._driver = Driver(self.link, self._exchange, self._unlocked)
+        self._driver = Driver(self.link, self._exchange, self._has_afterwork, self._unlocked)
         self._background = Background(self._driver)
         self._over: str | None = None  # why nothing more can be asked of the pool
         self._next_seq = 0
@@ -166,22 +174,21 @@ class Session:
     def claim(self, model: int, count: int, timeout_s: float | None) -> list[Claim]:
         """Claims on `count` slots, from the spares if they fit, else by asking; see `Client.lease`."""
         spare = self.take_spare(model, count)
-        return [spare] if spare is not None else self.answer(self.ask(model, count, timeout_s))
+        return [spare] if spare is not None else self.answer(self.ask(model, count, timeout_s, at_once=True))
 
     def take_spare(self, model: int, count: int) -> Claim | None:
         """A claim on exactly `count` slots that was granted in advance, if there is one."""
         self.check_process()
         state = self.models[model]
         with self._driver:
-            self._exchange()
             for spare in state.spares:
                 if spare.count == count:
                     state.spares.remove(spare)
                     return spare
         return None
 
-    def ask(self, model: int, count: int, timeout_s: float | None) -> Request:
-        """Ask for slots without waiting for the answer."""
+    def ask(self, model: int, count: int, timeout_s: float | None, *, at_once: bool = False) -> Request:
+        """Ask for slots without waiting for the answer; `at_once` says that the caller will do nothing but wait."""
         self.check_process()
         state = self.models[model]
         if count > state.cap:
@@ -190,17 +197,28 @@ class Session:
                 f"{self.layout.models[model].spec.name!r}; ask for fewer, or start the pool with more --slots"
             )
         request = Request(model)
-        wait_ns = None if timeout_s is None else max(0, int(timeout_s * 1e9))
+        wait_ns = _wire_ns(timeout_s)
         with self._driver:
             self._require_open()
             self._return_spares(state)
-            if state.held + count > state.cap and threading.active_count() == 1:
+            if at_once and state.held + count - self._coming(model) > state.cap and self._is_only_thread():
                 raise LeaseTooLarge(
                     f"this client holds {state.held} of the {state.cap} slots that it may hold, and no other thread "
                     "could release one: release results, and drop arrays kept of them, before you lease more"
                 )
             self._ask(request, lambda number: m.Lease(number, model, count, wait_ns))
         return request
+
+    def _coming(self, model: int) -> int:
+        """Slots that come back without anybody's doing: those of work that was released before its end."""
+        return sum(
+            work.claim.count
+            for work in self._pending.values()
+            if work.claim.released and work.claim.model_index == model
+        )
+
+    def _is_only_thread(self) -> bool:
+        return threading.active_count() - self._background.idle == 1
 
     def answer(self, request: Request) -> list[Claim]:
         """Wait for the answer to `ask`; the broker keeps the time."""
@@ -284,17 +302,18 @@ class Session:
         self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None, again: int
     ) -> Submitted:
         """Queue a claim and ask for `again` slots to be granted with the result."""
-        claim.require(LEASED)
+        self.check_process()
         per_slot = claim.model.items_per_slot
         full = claim.count * per_slot
-        given = full if items is None else items
-        if not full - per_slot < given <= full:
-            raise InvalidInput(
-                f"{given} items in {claim.count} slots of {per_slot}: all but the last must be full; "
-                "submit slots by themselves with .slots()"
-            )
-        deadline_ns = None if deadline_s is None else max(0, int(deadline_s * 1e9))
+        given = full if items is None else operator.index(items)
+        deadline_ns = _wire_ns(deadline_s)
         with self._driver:
+            claim.require(LEASED)
+            if not full - per_slot < given <= full:
+                raise InvalidInput(
+                    f"{given} items in {claim.count} slots of {per_slot}: all but the last must be full; "
+                    "submit slots by themselves with .slots()"
+                )
             self._require_open()
             seq = self._next_seq
             self._next_seq += 1
@@ -331,23 +350,25 @@ class Session:
     def watch(self, submitted: Submitted) -> None:
         """Have a background thread drive the socket until `submitted` is over."""
         self.check_process()
-        with self._driver:
-            if not submitted.over and not submitted.watched:
-                submitted.watched = True
-                self._background.watch()
+        if not submitted.over:
+            self._background.watch(submitted)
 
     # ------------------------------------------------------------------ giving back
 
     def release(self, claim: Claim) -> None:
-        """Give a claim's slots back: now, or when its work and its last view have ended."""
+        """Give a claim's slots back: now, or when its work and its last view have ended.  Again: nothing."""
         if self.closed or self.forked:
+            claim.released = True
             return
         with self._driver:
+            if claim.released:  # another thread was faster
+                return
+            claim.released = True
             if claim.state != SUBMITTED:
                 self._settle(Kept(claim))
             elif self._over is None:  # its Done will find it released
                 self._send(m.Cancel(claim.lease_id, claim.at, claim.count))
-            self._exchange()
+            self._push()
 
     def release_dropped(self, claim: Claim) -> None:
         """The same from a finalizer."""
@@ -381,19 +402,24 @@ class Session:
         # With a spare in hand the next Submit is near, and takes the Release along.
         self._urgent = self._urgent or not state.spares
 
+    def _has_afterwork(self) -> bool:
+        return bool(self._finished or self._dropped)
+
     def _unlocked(self) -> None:
         """What is done after each time the lock was held."""
-        while self._finished:
-            try:
-                submitted = self._finished.popleft()
-            except IndexError:  # another thread was faster
+        while True:
+            while self._finished:
+                try:
+                    submitted = self._finished.popleft()
+                except IndexError:  # another thread was faster
+                    break
+                submitted.announce()
+            if not (self._dropped and self._driver.try_acquire()):
                 break
-            submitted.announce()
-        while self._dropped and self._driver.try_acquire():
             try:
                 while self._dropped:
                     self._settle(self._dropped.popleft())
-                self._exchange()
+                self._exchange()  # which may finish more
             finally:
                 self._driver.release()
         if self._kept:
@@ -422,7 +448,17 @@ class Session:
     def _send(self, message: m.Message) -> None:
         self._outgoing.append(message)
         self._urgent = True
-        self._exchange()
+        self._push()
+
+    def _push(self) -> None:
+        """Send what must go out; what has arrived is left to the next `wait`, unless somebody sleeps in it."""
+        if self._urgent:
+            self._urgent = False
+            if self._over is None and not self.closed:
+                outgoing, self._outgoing = self._outgoing, []
+                self.link.send(outgoing)
+                if self._driver.led:
+                    self._exchange()
 
     def _exchange(self) -> None:
         """Send what must go out and take in what has arrived, until neither is left."""
@@ -456,6 +492,10 @@ class Session:
     def _end(self, reason: str) -> None:
         """Nothing more will come: fail all that is waited for."""
         self._over = reason
+        for state in self.models:
+            for spare in state.spares:
+                spare.released = True
+            state.spares.clear()
         for submitted in list(self._pending.values()):
             submitted.failure = PoolClosed(reason)
             self._finish_work(submitted)

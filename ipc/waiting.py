@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Final, Protocol
 
 from .link import Link
+
+LONGEST_SLEEP_S: Final = 1e6
+"""The kernel and Python bound a single sleep; who waits longer sleeps again."""
 
 
 class Sleeper:
@@ -52,6 +56,13 @@ class Finishable(Protocol):
 
     over: bool
     sleepers: list[Sleeper]
+
+
+class Watchable(Protocol):
+    """What `Background.watch` needs of a target; `watched` is its own."""
+
+    over: bool
+    watched: bool
 
 
 class Target:
@@ -98,12 +109,21 @@ class Driver:
     Args:
         link: where to sleep.
         receive: handles all that has arrived; called under the lock.
-        unlocked: does what must not be done under the lock, such as callbacks; called after each unlock.
+        pending: whether `unlocked` has something to do.
+        unlocked: does what must not be done under the lock, such as callbacks; called after each unlock.  It may
+            use the client, and so wait itself: the thread that calls it neither leads nor follows.
     """
 
-    def __init__(self, link: Link, receive: Callable[[], None], unlocked: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        receive: Callable[[], None],
+        pending: Callable[[], bool],
+        unlocked: Callable[[], None],
+    ) -> None:
         self._link = link
         self._receive = receive
+        self._pending = pending
         self._unlocked = unlocked
         self._lock = threading.Lock()
         self._leader: Waitable | None = None
@@ -143,6 +163,11 @@ class Driver:
                 self._link.wake()
             time.sleep(0.001)
 
+    @property
+    def led(self) -> bool:
+        """Whether a thread sleeps on the link.  Whoever uses the link then must also receive: see `Link`."""
+        return self._leader is not None
+
     def finish(self, target: Finishable) -> None:
         """Mark `target` as over and wake who waits for it; under the lock."""
         target.over = True
@@ -160,24 +185,41 @@ class Driver:
                 self._receive()
                 if target.over:
                     return True
-                remaining = None if deadline is None else deadline - time.monotonic()
+                remaining = None if deadline is None else min(deadline - time.monotonic(), LONGEST_SLEEP_S)
                 if remaining is not None and remaining <= 0:
                     return False
-                if self._leader is None:
+                if self._pending():
+                    self._step_aside()
+                elif self._leader is None:
                     self._lead(target, remaining)
                 else:
                     self._follow(target, remaining)
         finally:
-            if self._leader is None and self._followers:
-                self._followers[0].wake()
+            self._hand_over()
             self.__exit__(None, None, None)
+
+    def _hand_over(self) -> None:
+        """Have a follower take the lead if there is no leader; under the lock."""
+        if self._leader is None and self._followers:
+            self._followers[0].wake()
+
+    def _step_aside(self) -> None:
+        """Let go of the lock for `unlocked`, which may take long: another thread leads meanwhile."""
+        self._hand_over()
+        try:
+            self._lock.release()
+            self._unlocked()
+        finally:
+            self._lock.acquire()
+
+    # The lock is let go of within the `try`, with no call before it: an interrupt comes after it or not at all.
+    # What a finalizer left while we held the lock is seen right after; what it leaves later, it sees to itself.
 
     def _lead(self, target: Waitable, timeout_s: float | None) -> None:
         self._leader = target
-        self.__exit__(None, None, None)
         try:
-            # What the hooks after unlocking have finished may be the very thing.
-            if not target.over:
+            self._lock.release()
+            if not self._pending():
                 self._link.wait(timeout_s)
         finally:
             self._lock.acquire()
@@ -187,9 +229,10 @@ class Driver:
         sleeper = Sleeper()
         target.add_sleeper(sleeper)
         self._followers.append(sleeper)
-        self.__exit__(None, None, None)
         try:
-            sleeper.sleep(timeout_s)
+            self._lock.release()
+            if not self._pending():
+                sleeper.sleep(timeout_s)
         finally:
             self._lock.acquire()
             target.remove_sleeper(sleeper)
@@ -204,32 +247,39 @@ class Background:
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
+        self._arrivals: deque[Watchable] = deque()
         self._watched = 0
         self._duty: Target | None = None
         self._called = threading.Event()
         self._stopped = False
+        self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
     @property
-    def active(self) -> bool:
-        """Whether somebody relies on it now."""
-        return self._watched > 0
+    def idle(self) -> bool:
+        """Whether there is a thread and nobody relies on it."""
+        return self._thread is not None and not self._watched and not self._arrivals
 
-    def watch(self) -> None:
-        """One more waits; under the lock."""
-        self._watched += 1
-        self._called.set()
+    def watch(self, target: Watchable) -> None:
+        """Drive the socket until `target` is over.
+
+        Takes no lock but one of its own: `concurrent.futures.wait` calls this holding those of its futures, and who
+        takes the driver's lock may have to announce one of them.
+        """
+        self._arrivals.append(target)
+        if not self._called.is_set():
+            self._called.set()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="trtpool-client", daemon=True)
-            self._thread.start()
+            with self._starting:
+                if self._thread is None and not self._stopped:
+                    self._thread = threading.Thread(target=self._run, name="trtpool-client", daemon=True)
+                    self._thread.start()
 
     def unwatch(self) -> None:
-        """One has what it waited for; under the lock."""
+        """One that was `watched` is over; under the lock."""
         self._watched -= 1
-        if not self._watched:
-            self._called.clear()
-            if self._duty is not None:
-                self._driver.finish(self._duty)
+        if not self._watched and self._duty is not None:
+            self._driver.finish(self._duty)
 
     def stop(self) -> None:
         """End the thread; under the lock."""
@@ -243,6 +293,15 @@ class Background:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def _admit(self) -> bool:
+        """Count those who came; whether anybody relies on us now.  Under the lock."""
+        while self._arrivals:
+            target = self._arrivals.popleft()
+            if not target.over and not target.watched:
+                target.watched = True
+                self._watched += 1
+        return self._watched > 0
+
     def _run(self) -> None:
         while True:
             self._called.wait()
@@ -250,7 +309,9 @@ class Background:
             with self._driver:
                 if self._stopped:
                     return
-                if not self._watched:
+                self._called.clear()  # before we look: who comes later sets it again
+                if not self._admit():
                     continue
+                self._called.set()
                 self._duty = duty
             self._driver.wait(duty, None)

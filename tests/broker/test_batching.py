@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import random
 from collections import Counter
 
@@ -102,7 +103,7 @@ def test_rows_are_as_few_as_they_can_be(load):
         }
 
     assert items_by_slot(rows) == items_by_slot(batch)
-    for before, after in zip(rows, rows[1:], strict=False):
+    for before, after in itertools.pairwise(rows):
         touching = before.first + before.count == after.first
         assert not (touching and before.items == before.count * items_per_slot), "two rows that could be one"
 
@@ -131,6 +132,13 @@ def test_neighbours_of_the_oldest_go_with_it():
     assert [(work.first, work.passed) for work in queue] == [(50, 1), (30, 0)]
 
 
+def test_the_next_slot_is_no_neighbour_of_one_that_is_not_full():
+    queue = WorkQueue(4)
+    for work in works_at([(10, 1, 1), (50, 1, 4), (11, 1, 4)], 4):
+        queue.add(work)
+    assert slots_of(queue.take(5)) == [10, 50], "10 and 11 would be two runs too, so who came first goes first"
+
+
 def test_a_chain_longer_than_a_batch_begins_so_that_its_oldest_is_in_and_the_batch_is_full():
     queue = WorkQueue(1)
     for work in works_at([(17, 1, 1), *[(slot, 1, 1) for slot in range(10, 17)], (18, 1, 1)], 1):
@@ -139,7 +147,7 @@ def test_a_chain_longer_than_a_batch_begins_so_that_its_oldest_is_in_and_the_bat
 
 
 def test_one_who_was_passed_over_often_is_next_in_order_of_arrival():
-    """Each of 30 works, far apart, is followed by young neighbours enough for a batch, while another waits behind the 30."""
+    """30 works lie far apart, each gets young neighbours enough for a batch, and another waits behind the 30."""
     queue = WorkQueue(1)
     places = [(100 * index, 1, 1) for index in range(31)]
     *apart, waiting = works_at(places, 1)
@@ -240,7 +248,9 @@ class Load:
                 begin_ns = max(self.rig.now_ns, self.free_lane_ns[lane])
                 self.free_lane_ns[lane] = begin_ns + MS + items * MS // 32
                 self.later(
-                    self.free_lane_ns[lane] - self.rig.now_ns, peer, m.Finished(message.batch, message.attempt, 1, 1, 1, 0)
+                    self.free_lane_ns[lane] - self.rig.now_ns,
+                    peer,
+                    m.Finished(message.batch, message.attempt, 1, 1, 1, 0),
                 )
             elif isinstance(message, m.Done):
                 assert message.status == m.OK

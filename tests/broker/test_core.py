@@ -623,7 +623,7 @@ def poisoned(poison: set[int], slots: int, *, deadly: bool, workers: int, items_
         for action in rig.turn():
             if not isinstance(action, e.Send) or not isinstance(action.message, m.Run):
                 continue
-            worker, run = action
+            worker, run = action.peer, action.message
             if worker not in rig.core.workers:
                 continue  # it ended meanwhile, with an earlier batch of this turn
             inside = {slot for rows in run.rows for slot in range(rows.first, rows.first + rows.count)}
@@ -650,7 +650,7 @@ def poisoned(poison: set[int], slots: int, *, deadly: bool, workers: int, items_
     assert ended == Counter(range(slots)), "each ends exactly once"
     assert set(failed) == poison
     assert all(f"tried alone {MAX_ATTEMPTS} times" in text for text in failed.values())
-    assert tried_alone == Counter({slot: MAX_ATTEMPTS for slot in poison})
+    assert tried_alone == Counter(dict.fromkeys(poison, MAX_ATTEMPTS))
     assert rig.figures().failed_items == len(poison) * items_per_slot
     assert not rig.core._suspects
     rig.say(1, m.Release(lease, 0, slots))
@@ -688,7 +688,8 @@ def test_dying_with_others_is_no_evidence(rig):
 
 def test_only_a_death_alone_counts(rig):
     rig.submit(1)
-    deaths, done = 0, []
+    deaths = 0
+    done: list[m.Done] = []
     while not done:
         run_of(rig.turn(), 10 + deaths)
         done = sent(rig.do(e.WorkerEnded(10 + deaths, "SIGSEGV")), m.Done)
@@ -717,10 +718,11 @@ def test_while_there_are_suspects_other_workers_go_on(rig):
 
 def test_a_long_reason_fits_a_message(rig):
     rig.submit(1)
+    actions: list[e.Action] = []
     for _ in range(MAX_ATTEMPTS):
         run = run_of(rig.turn())
         actions = rig.say(10, m.Failed(run.batch, run.attempt, "x" * 4096))
-    m.decode_from_broker(m.encode([action.message for action in actions]))
+    m.decode_from_broker(m.encode(sent(actions, m.Done)))
     assert len(sent(actions, m.Done)[0].text) == 4096
 
 

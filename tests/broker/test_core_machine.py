@@ -1,8 +1,8 @@
-"""The core against a model that knows only what was said: peers come, talk sense and nonsense, and die, in any order.
+"""The core against a model that knows only what was said: peers come, talk sense and nonsense, and die.
 
-The model keeps, for each lease, what each of its slots is (leased, submitted, done, gone), from messages alone; it knows
-nothing of rings, queues, batches or workers' credit.  That is enough to say which messages are legal, that no slot has two
-owners or is granted while a worker may write to it, and that whatever was submitted ends exactly once.
+The model keeps, for each lease, what each of its slots is (leased, submitted, done, gone), from messages alone;
+it knows nothing of rings, queues or batching.  That is enough to say which messages are legal, that no slot has
+two owners or is granted while a worker may write to it, and that whatever was submitted ends exactly once.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ class CoreMachine(RuleBasedStateMachine):
         lease_id, lease = self.a_lease(data, peer)
         first, count = self.a_range(data, lease)
         model = self.models[lease.model if lease else 0]
-        seq = data.draw(st.sampled_from([0, *([lease.seq + 1] * 6 if lease else [7])]), "seq")
+        seq = data.draw(st.sampled_from([0, *([max(0, lease.seq), *[lease.seq + 1] * 6] if lease else [7])]), "seq")
         full = count * model.items_per_slot
         items = data.draw(st.sampled_from([*[min(full, HUGE)] * 5, min(full, HUGE) - 1 or 1, 1, HUGE]), "items")
         wanted = data.draw(st.sampled_from([0, 0, 1, 3, HUGE]), "again")
@@ -479,7 +479,8 @@ class CoreMachine(RuleBasedStateMachine):
             assert self.rig.states(index) == (model.layout.slots, 0, 0, 0, 0)
         assert not self.rig.core.producers
         assert self.rig.turn(2**62) == []
-        assert self.rig.core.next_timer_ns() is None or self.rig.core.next_timer_ns() > self.rig.now_ns
+        due_ns = self.rig.core.next_timer_ns()
+        assert due_ns is None or due_ns > self.rig.now_ns
 
     def worker_joins_last(self):
         peer = self.next_peer

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -88,8 +89,8 @@ def test_the_peer_of_a_socket_pair_is_this_process():
 
 
 def pid_of(pidfd: int) -> int:
-    with open(f"/proc/self/fdinfo/{pidfd}") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pid:"))
 
 
 CONNECT = """
@@ -132,11 +133,11 @@ def test_the_peers_pidfd_is_of_the_process_that_connected(connected):
 
 
 def test_a_peer_that_ended_is_never_mistaken_for_another(connected, monkeypatch):
-    """Newer kernels still give a pidfd, which has ended; older ones give none.  Its pid, free again, is not looked at."""
+    """Newer kernels still give a pidfd, which has ended; older ones give none.  Its free pid is not looked at."""
     sock, child = connected
     child.kill()
     child.wait()
-    monkeypatch.setattr(process.os, "pidfd_open", lambda pid: pytest.fail("its pid may be another's by now"))
+    monkeypatch.setattr(os, "pidfd_open", lambda pid: pytest.fail("its pid may be another's by now"))
     try:
         pidfd = peer_pidfd(sock)
     except ProcessLookupError:
@@ -242,7 +243,7 @@ def test_the_watch_is_a_daemon_thread_that_sleeps():
     before = set(threading.enumerate())
     read, write = os.pipe()
     try:
-        tie_to_parent(os.getppid(), lambda: os.write(write, b"x"))
+        tie_to_parent(os.getppid(), lambda: os.close(write))
         (thread,) = set(threading.enumerate()) - before
         assert (thread.daemon, thread.name) == (True, "trtpool-parent")
         assert select.select([read], [], [], 0) == ([], [], []), "the parent lives"

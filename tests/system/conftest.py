@@ -1,0 +1,102 @@
+"""One pool that most tests here share, since a start costs more than most of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from textwrap import indent
+
+import pytest
+
+import trtpool
+from tests.models import PICKY, save
+from tests.system.rig import NEGATE, SLOW, StartedPool, family, wait_all_free, watching
+
+SLOTS = 32
+
+
+@pytest.fixture(autouse=True)
+def own_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pools that are not told where to live do so in the test's own directory."""
+    monkeypatch.delenv("TRTPOOL_RUN_DIR", raising=False)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+
+@pytest.fixture(scope="session")
+def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPool]:
+    """Models "negate", "picky" and "slow" on one worker, batches of up to 4."""
+    folder = tmp_path_factory.mktemp("shared")
+    models = [save(model, folder, name) for name, model in (("negate", NEGATE), ("picky", PICKY), ("slow", SLOW))]
+    with StartedPool(*models, run_dir=folder / "run", slots=SLOTS, max_batch=4) as pool:
+        yield pool
+        with watching(process.pid for process in family(pool.pid)) as wait:
+            pool.kill(15)
+            assert pool.wait() == 0
+            wait()
+    assert not pool.run_dir.exists()
+
+
+@pytest.fixture
+def pool(shared_pool: StartedPool) -> Iterator[StartedPool]:
+    """The shared pool; a test must leave all of its slots free."""
+    yield shared_pool
+    with shared_pool.connect() as client:
+        wait_all_free(client)
+
+
+@pytest.fixture
+def client(pool: StartedPool) -> Iterator[trtpool.Client]:
+    """A client of the shared pool."""
+    with pool.connect() as connected:
+        yield connected
+
+
+@pytest.fixture
+def negate(tmp_path: Path) -> Path:
+    """A model file: ``y = -x`` for items of 4 float32."""
+    return save(NEGATE, tmp_path, "negate")
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run directory, which is not there yet."""
+    return tmp_path / "run"
+
+
+WORKER_HOOK = """
+import os, sys
+
+if sys.orig_argv[-1] == "trtpool.workers":
+    import signal
+    from trtpool.ipc import errors
+    from trtpool.workers import onnx_engine
+
+    class Engine(onnx_engine.OnnxEngine):
+        def __init__(self, *arguments, **options):
+{load}
+            super().__init__(*arguments, **options)
+
+        def run(self, batch):
+            inputs = [self._planes.inputs[0][r.first : r.first + r.count].view("f4").reshape(-1, 4) for r in batch]
+{run}
+            return super().run(batch)
+
+    onnx_engine.OnnxEngine = Engine
+"""
+
+
+@pytest.fixture
+def worker_does(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """An environment in which workers do something else first: when they `load` a model, when they `run` a batch.
+
+    `run` finds the batch in `inputs`, a list of arrays of shape ``(items, 4)``.
+    """
+
+    def make(load: str = "pass", run: str = "pass") -> dict[str, str]:
+        hook = WORKER_HOOK.format(load=indent(load, 12 * " "), run=indent(run, 12 * " "))
+        (tmp_path / "hook").mkdir()
+        (tmp_path / "hook" / "sitecustomize.py").write_text(hook)
+        return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "hook"), os.environ["PYTHONPATH"]])}
+
+    return make

@@ -1,0 +1,244 @@
+"""Real pools and real producers to test with.
+
+Nothing here sleeps for a time that a test relies on.  What is waited for is a line, the end of a process (by pidfd),
+or a figure of `status`.  A worker that is stopped by SIGSTOP holds work where it is: with ``max_batch=1`` it has two
+slots RUNNING, and all others stay QUEUED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import psutil
+
+import trtpool
+from trtpool.ipc.process import wait_ended
+from trtpool.ipc.report import ModelReport
+
+T = TypeVar("T")
+
+PATIENCE_S = 60.0
+"""How long anything may take before a test gives up on it; no judgement about speed."""
+
+LOOK_AGAIN_S = 0.002
+
+CLI = (sys.executable, "-m", "trtpool.broker.cli")
+
+# y = -x, the smallest useful model.
+NEGATE = "negate (float[N,4] x) => (float[N,4] y) { y = Neg(x) }"
+
+# Items of one float that come back as they were, after about a tenth of a second.
+SLOW = (
+    "slow (float[N,1] x) => (float[N,1] y) <int64[2] shape = {1400, 1400}, float zero = {0}> {"
+    " w = ConstantOfShape(shape) m = ReduceMax<keepdims=0>(x) v = Add(w, m)"
+    " p = MatMul(v, v) q = MatMul(p, v) s = ReduceMax<keepdims=0>(q) z = Mul(s, zero) y = Add(x, z) }"
+)
+
+
+def wait_until(happened: Callable[[], T], what: str = "it") -> T:
+    """Look until `happened` returns something true, and return that."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not (value := happened()):
+        assert time.monotonic() < deadline, f"{what} did not happen within {PATIENCE_S:.0f} s"
+        select.select([], [], [], LOOK_AGAIN_S)
+    return value
+
+
+def command_of(process: psutil.Process) -> str:
+    """The module that one of our processes runs, such as "trtpool.broker"; "" if it has ended."""
+    with contextlib.suppress(psutil.Error, IndexError):  # a zombie has no command line
+        return process.cmdline()[-1]
+    return ""
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All living descendants of a process."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
+@contextlib.contextmanager
+def watching(pids: Iterable[int]) -> Iterator[Callable[[], None]]:
+    """Pidfds of processes that live now; what is yielded waits for the end of all."""
+    with contextlib.ExitStack() as stack:
+        pidfds = {}
+        for pid in pids:
+            pidfds[pid] = os.pidfd_open(pid)
+            stack.callback(os.close, pidfds[pid])
+
+        def wait() -> None:
+            for pid, pidfd in pidfds.items():
+                assert wait_ended(pidfd, PATIENCE_S), f"process {pid} lives on"
+
+        yield wait
+
+
+class Process:
+    """A child whose output is read by line; ended, if need be, at the end of the ``with``."""
+
+    def __init__(self, *command: str | os.PathLike[str], env: Mapping[str, str] | None = None, cwd: Path | None = None):
+        self.popen = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+            bufsize=0,
+        )
+        self.pid = self.popen.pid
+        self._seen = {1: b"", 2: b""}
+        self._read = {1: b"", 2: b""}
+
+    def _take(self, number: int) -> bool:
+        """Read what there is, or wait for it; False at the end."""
+        pipe = self.popen.stdout if number == 1 else self.popen.stderr
+        assert pipe is not None
+        ready, _, _ = select.select([pipe], [], [], PATIENCE_S)
+        assert ready, f"nothing was printed within {PATIENCE_S:.0f} s; so far: {self._seen}"
+        data = os.read(pipe.fileno(), 65536)
+        self._seen[number] += data
+        self._read[number] += data
+        return bool(data)
+
+    def line(self, number: int = 1) -> str:
+        """The next line of standard output, or of standard error (2)."""
+        while b"\n" not in self._read[number]:
+            assert self._take(number), f"it ended; it printed: {self._seen}, {self.rest(2)}"
+        line, _, self._read[number] = self._read[number].partition(b"\n")
+        return line.decode()
+
+    def wait_for_line(self, part: str, number: int = 1) -> str:
+        """Read lines until one has `part`."""
+        while part not in (line := self.line(number)):
+            pass
+        return line
+
+    def rest(self, number: int) -> str:
+        """What is left to read, to the end of the stream."""
+        while self._take(number):
+            pass
+        text, self._read[number] = self._read[number].decode(), b""
+        return text
+
+    def say(self, line: str = "") -> None:
+        assert self.popen.stdin is not None
+        self.popen.stdin.write(line.encode() + b"\n")
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        self.popen.send_signal(number)
+
+    def wait(self) -> int:
+        return self.popen.wait(PATIENCE_S)
+
+    def succeed(self) -> str:
+        """Wait for a good end without a word on standard error; returns the rest of standard output."""
+        out, err = self.rest(1), self.rest(2)
+        assert (self.wait(), err) == (0, ""), f"{self._seen}"
+        return out
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()
+
+
+class StartedPool(Process):
+    """`trtpool start`, ready.
+
+    Attributes:
+        run_dir: where it is.
+        announced: what it printed.
+    """
+
+    def __init__(self, *models: str | os.PathLike[str], run_dir: Path, env: Mapping[str, str] | None = None, **options: Any):
+        self.run_dir = run_dir
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        super().__init__(*CLI, "start", *models, f"--run-dir={run_dir}", *flags, env=env)
+        self.announced = ""
+        try:
+            while "ready:" not in self.announced:
+                self.announced += self.line() + "\n"
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def connect(self) -> trtpool.Client:
+        return trtpool.connect(run_dir=self.run_dir)
+
+    def pids(self, module: str) -> list[int]:
+        """The processes of this pool that run a module."""
+        return [process.pid for process in family(self.pid) if command_of(process) == module]
+
+    @property
+    def broker(self) -> int:
+        (pid,) = self.pids("trtpool.broker")
+        return pid
+
+    @property
+    def worker(self) -> int:
+        (pid,) = self.pids("trtpool.workers")
+        return pid
+
+    @contextlib.contextmanager
+    def stopped_worker(self) -> Iterator[int]:
+        """Its only worker, by pid, standing still; goes on at the end, unless it was killed."""
+        pid = self.worker
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield pid
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def stop(self) -> None:
+        """Drain it, and see it end well."""
+        self.kill(signal.SIGTERM)
+        assert self.succeed() == ""
+
+
+def figures(client: trtpool.Client, model: int = 0) -> ModelReport:
+    return client.status().models[model]
+
+
+def wait_all_free(client: trtpool.Client) -> None:
+    """Wait until every slot of every model is free."""
+    wait_until(lambda: all(model.free == model.slots for model in client.status().models), "all slots free")
+
+
+def producer(pool: StartedPool, code: str, *arguments: object, env: Mapping[str, str] | None = None) -> Process:
+    """A process that runs `code` with a connected `pool`, and `wait()`, which prints a word and waits for a line."""
+    head = """
+        import os, sys
+        import numpy as np
+        import trtpool
+
+        def wait(word):
+            print(word, flush=True)
+            sys.stdin.readline()
+
+        run_dir = sys.argv[1]
+        pool = trtpool.connect(run_dir=run_dir)
+    """
+    text = textwrap.dedent(head) + textwrap.dedent(code)
+    return Process(sys.executable, "-c", text, pool.run_dir, *map(str, arguments), env=env)
