@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 WINDOW_BATCHES: Final = 4
 MAX_PASSED: Final = 8
+MAX_WORKS: Final = 4096
+"""Most works, and so most runs, in a batch: what a frame to a worker has room for."""
 
 
 class Work:
@@ -104,7 +106,7 @@ class WorkQueue:
     def take(self, max_items: int) -> list[Work]:
         """Take the next batch, at most `max_items` items, in slot order.  The queue must not be empty."""
         works = self._works
-        if self.items <= max_items:
+        if self.items <= max_items and len(works) <= MAX_WORKS:
             batch = sorted(works, key=_slot_order) if len(works) > 1 else list(works)
             self._works = deque()
             self.items = self.slots = 0
@@ -188,7 +190,7 @@ class WorkQueue:
         batch: list[Work] = []
         chosen: set[Work] = set()
         room = max_items
-        for work in order:
+        for work in order[:MAX_WORKS]:
             if work.items <= room:
                 batch.append(work)
                 chosen.add(work)

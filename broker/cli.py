@@ -76,7 +76,7 @@ def _parse_shapes(
             shape = tuple(int(dimension) for dimension in dimensions.split("x")) if dimensions else ()
         except ValueError:
             shape, equals = (), ""
-        if not equals or any(dimension < 1 for dimension in shape):
+        if not name or not equals or any(dimension < 1 for dimension in shape):
             raise click.BadParameter(f"{value!r} is not NAME=3x640x640, an input's name and its item shape")
         shapes[name] = shape
     return shapes
@@ -115,7 +115,7 @@ def cli() -> None:
       trtpool start det=a.onnx cls=b.onnx --name ocr
       trtpool status --json
       trtpool stop --name ocr
-    """
+    """  # noqa: D301: click wants the character itself, to leave the lines as they are
 
 
 @cli.command()
@@ -160,7 +160,7 @@ def start(
     slots: int | None,
     max_batch: int | None,
     max_slots_per_producer: int | None,
-    **options: int | float,
+    **options: float,
 ) -> None:
     """Serve models until stopped.
 

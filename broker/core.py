@@ -41,6 +41,10 @@ from .reporting import report
 from .slots import Event as SlotEvent
 from .slots import IllegalTransition, State, move
 
+SEND_AHEAD_NS: Final = 500_000
+"""A worker is sent a batch that is not full ahead of time if batches of the model take this long on average: a worker
+that waits for the broker loses about 50 us, which a batch that grows meanwhile makes up for if it is short."""
+
 SURPLUS: Final = 4
 """`again` is granted while a quarter (1 / SURPLUS) of the slots stays free, so idle clients can never hold all."""
 
@@ -293,10 +297,13 @@ class Core:
     def _lease_now(self, producer: Producer, model: Model, message: m.Lease) -> None:
         """Grant at once or refuse.  Those who came before go first, unless only their own cap holds them up."""
         self._serve_waiting(model)
-        blocked = any(self._may_hold(waiting.producer, model, waiting.count) for waiting in model.waiting)
-        if blocked or message.count > model.ring.free or not self._may_hold(producer, model, message.count):
+        may = self._may_hold(producer, model, message.count) and not self._is_short(model)
+        if not (may and self._grant(producer, model, message.request, message.count)):
             raise _Refused(m.BUSY, self._busy_text(producer, model, message.count), message.request)
-        self._grant(producer, model, message.request, message.count)
+
+    def _is_short(self, model: Model) -> bool:
+        """Whether somebody waits for room, and not only below its own cap."""
+        return any(not one.over and self._may_hold(one.producer, model, one.count) for one in model.waiting)
 
     @staticmethod
     def _may_hold(producer: Producer, model: Model, count: int) -> bool:
@@ -323,14 +330,13 @@ class Core:
             if not self._may_hold(producer, model, request.count):
                 kept.append(request)
                 continue
-            if request.count > model.ring.free:
+            if not self._grant(producer, model, request.request, request.count):
                 kept.append(request)
                 if not request.recalled:
                     request.recalled = True
                     self._recall(model, besides=producer)
                 break
             request.over = True
-            self._grant(producer, model, request.request, request.count)
         waiting.extendleft(reversed(kept))
 
     def _recall(self, model: Model, besides: Producer) -> None:
@@ -339,10 +345,11 @@ class Core:
             if producer is not besides and producer.held[model.index] and not producer.closed:
                 self._send(producer.peer, m.Recall(model.index))
 
-    def _grant(self, producer: Producer, model: Model, request: int, count: int) -> None:
+    def _grant(self, producer: Producer, model: Model, request: int, count: int) -> bool:
+        """Grant slots if the ring has them."""
         runs = model.ring.take(count)
         if runs is None:
-            raise AssertionError("granted more than was free")
+            return False
         leases = []
         segment = model.layout.segment
         for first, length in runs:
@@ -352,6 +359,7 @@ class Core:
             leases.append((lease.id, m.SlotRun(segment, first, length)))
         producer.held[model.index] += count
         self._send(producer.peer, m.Grant(request, model.index, leases))
+        return True
 
     def _find(self, producer: Producer, message: m.Submit | m.Release | m.Cancel) -> LeaseRecord:
         lease = producer.leases.get(message.lease)
@@ -429,7 +437,7 @@ class Core:
         """Grant the slots that a Submit asked for in advance, if nobody goes short by it."""
         model, producer, count = work.lease.model, work.lease.producer, work.again
         if (
-            not model.waiting
+            not (model.waiting and self._is_short(model))
             and not self.draining
             and not producer.closed
             and model.ring.free - count >= model.layout.slots // SURPLUS
@@ -450,6 +458,8 @@ class Core:
         totals.copy_in_ns += message.copy_in_ns
         totals.compute_ns += message.compute_ns
         totals.copy_out_ns += message.copy_out_ns
+        took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
+        batch.model.run_ns += (took_ns - batch.model.run_ns) // 8
         for work in batch.works:
             lease = work.lease
             if lease.orphaned:
@@ -566,7 +576,7 @@ class Core:
                 if candidate.queue.items and not self._held_back(candidate):
                     if model is None or candidate.queue.oldest.queued_ns < model.queue.oldest.queued_ns:
                         model = candidate
-            worker = self._pick_worker() if model else None
+            worker = self._pick_worker(model) if model else None
             if model is None or worker is None:
                 return
             works = model.queue.take(model.max_batch)
@@ -589,15 +599,18 @@ class Core:
             self._start_timer(until, model)
         return True
 
-    def _pick_worker(self) -> Worker | None:
-        """The worker with the fewest batches that may take one more: as many as it has lanes, and one to come.
+    def _pick_worker(self, model: Model) -> Worker | None:
+        """The worker with the fewest batches that may take one more.
 
-        While there are suspects, the first worker is kept for them.
+        One with a free lane may.  One whose lanes are all busy may be sent a batch ahead, so that it need not wait for
+        us, if that batch is full or the model takes long to run; else the batch had better grow meanwhile.  While
+        there are suspects, the first worker is kept for them.
         """
+        ahead = model.queue.items >= model.max_batch or model.run_ns >= SEND_AHEAD_NS
         reserved = self._reserved()
         best = None
         for worker in self.workers.values():
-            if worker is reserved or len(worker.batches) > worker.lanes or not worker.lanes:
+            if worker is reserved or len(worker.batches) >= worker.lanes + ahead or not worker.lanes:
                 continue
             if best is None or len(worker.batches) < len(best.batches):
                 best = worker

@@ -1,4 +1,4 @@
-"""Who is who: tokens that bind a ZeroMQ identity to a lifeline, once."""
+"""Who is who: tokens that let a peer in once, over its lifeline or as a ZeroMQ identity bound to it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import hmac
 import secrets
 from collections import OrderedDict
 from typing import Final
+
+from trtpool.ipc import messages as m
+from trtpool.ipc.settings import PROTOCOL_VERSION
 
 SECRET_BYTES: Final = 32
 TOKEN_BYTES: Final = 8 + SECRET_BYTES
@@ -34,15 +37,21 @@ class Doorman:
         """The identity that `peer` is bound to."""
         return self._identities.get(peer)
 
-    def bind(self, identity: bytes, token: bytes) -> int | None:
-        """Bind `identity` to the peer that `token` was issued to; None if it is wrong or used."""
-        peer = int.from_bytes(token[:8], "big")
+    def redeem(self, peer: int, hello: m.Hello) -> bool:
+        """Whether `hello` has the token of `peer`, which is used up by it, and its version is ours."""
         secret = self._secrets.get(peer)
         # Compared even when there is none, so that the time says nothing about which peers wait.
-        right = hmac.compare_digest(secret or bytes(SECRET_BYTES), token[8:])
-        if secret is None or not right or identity in self._peers:
-            return None
+        right = hmac.compare_digest(peer.to_bytes(8, "big") + (secret or bytes(SECRET_BYTES)), hello.token)
+        if secret is None or not right or hello.version != PROTOCOL_VERSION:
+            return False
         del self._secrets[peer]
+        return True
+
+    def bind(self, identity: bytes, hello: m.Hello) -> int | None:
+        """Bind `identity` to the peer whose token `hello` has; None if that is wrong or used."""
+        peer = int.from_bytes(hello.token[:8], "big")
+        if not self.redeem(peer, hello) or identity in self._peers:
+            return None
         self._peers[identity] = peer
         self._identities[peer] = identity
         return peer

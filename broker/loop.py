@@ -26,6 +26,7 @@ import zmq
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.pipe import FRAME_BYTES
 from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
 from trtpool.ipc.rundir import ZMQ_PREFIX
 from trtpool.ipc.settings import MAX_FRAME_BYTES, PROTOCOL_VERSION, BrokerConfig
@@ -45,6 +46,9 @@ EVENTS: Final = int(zmq.EVENTS)
 POLLIN: Final = int(zmq.POLLIN)
 
 MAX_FRAMES_A_TURN: Final = 256
+MAX_FRAMES_OF_A_PEER: Final = 64
+"""Frames that are read over ZeroMQ, and over one lifeline, before others have their turn."""
+
 MAX_OUTBOX_FRAMES: Final = 1024
 """Frames kept for a peer that reads too slowly; one more ends its connection."""
 
@@ -54,13 +58,16 @@ RETRY_NS: Final = 5_000_000
 FINE_TIMER_NS: Final = 10_000_000
 """Timers nearer than this are slept for by select(2), whose resolution is better than epoll's millisecond."""
 
+LONGEST_SLEEP_NS: Final = 60_000_000_000
+"""Timers may be further away than a poll can say."""
+
 BYE_LINGER_MS: Final = 5000
 
 
 class _Peer:
     """A lifeline, and the process behind it."""
 
-    __slots__ = ("number", "outbox", "pid", "pidfd", "sock", "worker")
+    __slots__ = ("direct", "joined", "number", "outbox", "pid", "pidfd", "sock", "worker")
 
     def __init__(self, number: int, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         self.number = number
@@ -68,6 +75,7 @@ class _Peer:
         self.pidfd = pidfd
         self.pid = pid
         self.worker = worker
+        self.direct = self.joined = worker is not None  # `direct`: its messages go over the lifeline
         self.outbox: deque[bytes] = deque()
 
 
@@ -128,13 +136,16 @@ class Loop:
 
     def _sleep(self) -> list[int]:
         """Wait for the next thing to happen; returns the descriptors, but for ZeroMQ's, that it happened to."""
+        if self._accept_again_ns and time.monotonic_ns() >= self._accept_again_ns:
+            self._accept_again_ns = 0
+            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
         timers = [self._core.next_timer_ns(), self._accept_again_ns or None]
         if self._slow:
             timers.append(time.monotonic_ns() + RETRY_NS)
         due = [timer for timer in timers if timer is not None]
         timeout_ms = -1
         if due:
-            left_ns = max(0, min(due) - time.monotonic_ns())
+            left_ns = min(max(0, min(due) - time.monotonic_ns()), LONGEST_SLEEP_NS)
             timeout_ms = -(-left_ns // 1_000_000)
             if 0 < left_ns < FINE_TIMER_NS:
                 if not self._has_messages():
@@ -158,15 +169,11 @@ class Loop:
             if peer is not None and fd == peer.pidfd:
                 self._process_ended(peer)
             elif peer is not None:
-                self._lifeline_moved(peer)
+                self._read_lifeline(peer)
 
     # ------------------------------------------------------------------ lifelines
 
     def _accept(self) -> None:
-        now = time.monotonic_ns()
-        if now < self._accept_again_ns:
-            return
-        self._accept_again_ns = 0
         while True:
             try:
                 sock, _ = self._listener.accept()
@@ -175,7 +182,9 @@ class Loop:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.warning("no more connections for now: %s; raise the limit on open files (ulimit -n)", error)
-                    self._accept_again_ns = now + 20 * RETRY_NS
+                    # It stays readable, and epoll would wake us for it without end.
+                    self._epoll.unregister(self._listener.fileno())
+                    self._accept_again_ns = time.monotonic_ns() + 20 * RETRY_NS
                     return
                 continue  # it gave up before we came to it
             try:
@@ -205,7 +214,7 @@ class Loop:
             epoch=self._config.epoch,
             pool=self._config.name,
             endpoint=self._endpoint,
-            token=self._doorman.issue(number),
+            token=self._doorman.issue(number) if worker is None else b"",
             layout=self._config.layout,
         )
         try:
@@ -217,21 +226,44 @@ class Loop:
         self._peers[number] = peer
         self._by_fd[sock.fileno()] = self._by_fd[pidfd] = peer
         self._epoll.register(sock.fileno(), select.EPOLLIN)
-        # A worker's end counts when the supervisor has reaped it, and says so.
         if worker is None:
             self._epoll.register(pidfd, select.EPOLLIN)
+        else:  # its end counts when the supervisor has reaped it, and says so
+            self._decide(e.WorkerJoined(number, pid))
         log.debug("peer %d is process %d%s", number, pid, "" if worker is None else f", worker {worker}")
 
-    def _lifeline_moved(self, peer: _Peer) -> None:
+    def _read_lifeline(self, peer: _Peer) -> None:
+        """Take what a peer has sent over its lifeline; at the end of file, wait for the end of its process."""
+        for _ in range(MAX_FRAMES_OF_A_PEER):
+            if peer.sock.fileno() < 0:
+                return
+            try:
+                frame = peer.sock.recv(FRAME_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                frame = b""
+            if not frame:
+                self._cut_off(peer)
+            elif peer.direct:
+                self._take_messages(peer.number, frame)
+            else:
+                self._greet_direct(peer, frame)
+
+    def _greet_direct(self, peer: _Peer, frame: bytes) -> None:
+        """The first frame over a lifeline, if the peer did not choose ZeroMQ, must begin with Hello and its token."""
         try:
-            data = peer.sock.recv(1)
-        except BlockingIOError:
+            hello, *rest = m.decode_to_broker(frame)
+        except ProtocolError:
+            hello, rest = None, []
+        if peer.joined or not isinstance(hello, m.Hello) or not self._doorman.redeem(peer.number, hello):
+            self._core.violations += 1
+            log.warning("peer %d (process %d) broke the protocol, and is cut off", peer.number, peer.pid)
+            self._cut_off(peer)
             return
-        except OSError:
-            data = b""
-        if data:
-            log.warning("peer %d (process %d) wrote to its lifeline, and is cut off", peer.number, peer.pid)
-        self._cut_off(peer)
+        peer.direct = peer.joined = True
+        self._decide(e.ProducerJoined(peer.number))
+        self._handle(peer.number, rest)
 
     def _cut_off(self, peer: _Peer) -> None:
         """Close the lifeline; what the peer holds is free when its process has ended."""
@@ -243,7 +275,7 @@ class Loop:
         peer.sock.close()
         self._slow.discard(peer)
         if peer.worker is None:
-            if self._doorman.identity_of(peer.number) is None:
+            if not peer.joined:
                 self._forget(peer)  # it never said Hello
             else:
                 self._decide(e.ProducerClosed(peer.number))
@@ -284,10 +316,11 @@ class Loop:
                 raise SystemExit(1)  # the supervisor ended
             message = c.decode(data)
             if isinstance(message, c.WorkerStarted):
-                sock_fd, pidfd = fds
+                sock, pidfd = socket.socket(fileno=fds[0]), fds[1]
                 try:
-                    self._add_peer(socket.socket(fileno=sock_fd), pidfd, message.pid, message.worker)
+                    self._add_peer(sock, pidfd, message.pid, message.worker)
                 except OSError as error:  # it ended already; WorkerGone follows
+                    sock.close()
                     log.debug("worker %d took no description: %s", message.worker, error)
             elif isinstance(message, c.WorkerGone):
                 self._worker_gone(message)
@@ -297,7 +330,7 @@ class Loop:
     def _worker_gone(self, message: c.WorkerGone) -> None:
         for peer in self._peers.values():
             if peer.worker == message.worker:
-                self._read_messages()  # what it had finished before it ended counts
+                self._read_lifeline(peer)  # what it had finished before it ended counts
                 self._decide(e.WorkerEnded(peer.number, message.reason))
                 self._forget(peer)
                 return
@@ -323,35 +356,40 @@ class Loop:
 
     def _take_frame(self, identity: bytes, frame: bytes) -> None:
         number = self._doorman.peer_of(identity)
+        if number is not None:
+            self._take_messages(number, frame)
+            return
+        try:
+            messages = m.decode_to_broker(frame)
+        except ProtocolError:
+            self._turn_away(identity)
+            return
+        number = self._greet(identity, messages[0])
+        if number is not None:
+            self._handle(number, messages[1:])
+
+    def _take_messages(self, number: int, frame: bytes) -> None:
         try:
             messages = m.decode_to_broker(frame)
         except ProtocolError as error:
-            if number is not None:
-                self._core.violations += 1
-                self._actions.append(e.Send(number, m.Error(m.BAD_MESSAGE, str(error))))
-            else:
-                self._turn_away(identity)
-            return
-        if number is None:
-            number = self._greet(identity, messages[0])
-            if number is None:
-                return
-            del messages[0]
+            self._core.violations += 1
+            self._actions.append(e.Send(number, m.Error(m.BAD_MESSAGE, str(error))))
+        else:
+            self._handle(number, messages)
+
+    def _handle(self, number: int, messages: list[m.ToBroker]) -> None:
         now = time.monotonic_ns()
         handle = self._core.handle
         for message in messages:
             self._actions += handle(e.Received(number, message), now)
 
     def _greet(self, identity: bytes, message: m.ToBroker) -> int | None:
-        number = self._doorman.bind(identity, message.token) if isinstance(message, m.Hello) else None
-        peer = self._peers.get(number) if number is not None else None
-        if number is None or peer is None:
+        number = self._doorman.bind(identity, message) if isinstance(message, m.Hello) else None
+        if number is None:
             self._turn_away(identity)
             return None
-        if peer.worker is None:
-            self._decide(e.ProducerJoined(number))
-        else:
-            self._decide(e.WorkerJoined(number, peer.pid))
+        self._peers[number].joined = True
+        self._decide(e.ProducerJoined(number))
         return number
 
     def _turn_away(self, identity: bytes) -> None:
@@ -390,11 +428,21 @@ class Loop:
         for number, messages in frames.items():
             reader = self._peers.get(number)
             if reader is not None:
-                self._send(reader, m.encode(messages))
+                self._send_all(reader, messages)
         for number in forgotten:
             gone = self._peers.get(number)
             if gone is not None and gone.worker is None:
                 self._forget(gone)
+
+    def _send_all(self, peer: _Peer, messages: list[m.FromBroker]) -> None:
+        """Send messages in one frame, or in as many as it takes."""
+        frame = m.encode(messages)
+        if len(frame) <= FRAME_BYTES or len(messages) == 1:
+            self._send(peer, frame)
+            return
+        middle = len(messages) // 2
+        self._send_all(peer, messages[:middle])
+        self._send_all(peer, messages[middle:])
 
     def _send(self, peer: _Peer, frame: bytes) -> None:
         if peer.worker is None and peer.sock.fileno() < 0:
@@ -410,6 +458,9 @@ class Loop:
             self._cut_off(peer)
 
     def _try_send(self, peer: _Peer, frame: bytes) -> bool:
+        """Send a frame if it can be sent now.  To one that is gone it counts as sent: its end is on its way to us."""
+        if peer.direct:
+            return self._try_pipe(peer, frame)
         identity = self._doorman.identity_of(peer.number)
         if identity is None:
             return True
@@ -421,7 +472,17 @@ class Loop:
         except zmq.ZMQError as error:
             if error.errno != errno.EHOSTUNREACH:
                 raise
-            # Its ZeroMQ connection is gone; the end of its lifeline follows.
+        return True
+
+    @staticmethod
+    def _try_pipe(peer: _Peer, frame: bytes) -> bool:
+        try:
+            peer.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.EBADF, errno.ENOTCONN):
+                raise
         return True
 
     def _send_outbox(self, peer: _Peer) -> None:
@@ -435,7 +496,9 @@ class Loop:
         frame = m.encode([m.Bye(f"pool {self._config.name!r} was stopped")])
         for peer in self._peers.values():
             with contextlib.suppress(zmq.ZMQError):
-                self._try_send(peer, frame)
+                self._send_outbox(peer)
+                if not peer.outbox:
+                    self._try_send(peer, frame)
         self._router.close()
         self._context.term()
         for peer in list(self._peers.values()):

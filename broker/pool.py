@@ -124,6 +124,12 @@ class Pool(Client):
         super().close()
         self._stop()
 
+    def __del__(self) -> None:
+        super().__del__()
+        # When all of Python ends, the supervisor sees it.
+        if getattr(self, "_process", None) is not None and not sys.is_finalizing():
+            self._stop()
+
     def _stop(self) -> None:
         process, self._process = self._process, None
         if process is None or os.getpid() != self._owner:

@@ -118,8 +118,8 @@ class Model:
     """One model's slots and everything that waits for it."""
 
     __slots__ = (
-        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "suspects", "totals",
-        "waiting",
+        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "run_ns", "suspects",
+        "totals", "waiting",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
@@ -133,6 +133,7 @@ class Model:
         self.suspects: deque[Suspect] = deque()
         self.waiting: deque[Request] = deque()
         self.hold_until_ns = 0
+        self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
 
 

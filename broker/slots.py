@@ -94,6 +94,9 @@ def move(states: bytearray, event: Event, first: int, count: int) -> None:
 
 _FREE_RUN: Final = re.compile(rb"\x00+")
 
+MAX_RUNS: Final = 4096
+"""Most runs that are granted together: what a frame has room for.  More scattered slots count as not free yet."""
+
 
 class Ring:
     """The slots of one model, granted next-fit round a ring.
@@ -122,6 +125,8 @@ class Ring:
             return None
         first = self._find(count)
         runs = [(first, count)] if first >= 0 else self._collect(count)
+        if len(runs) > MAX_RUNS:
+            return None
         for start, length in runs:
             self._used[start : start + length] = b"\x01" * length
         start, length = runs[-1]

@@ -192,7 +192,7 @@ class Supervisor:
     def _start_broker(self, layout: Layout, listener: socket.socket, arena_fd: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._control = self._stack.enter_context(ours)
-        self._stack.callback(self._kill_children)  # before the control socket closes, so that the broker does not see it
+        self._stack.callback(self._kill_children)  # before the control socket closes: no child shall see that
         with theirs:
             config = BrokerConfig(
                 parent_pid=os.getpid(),

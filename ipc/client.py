@@ -16,10 +16,12 @@ import numpy.typing as npt
 
 from .errors import InvalidInput
 from .handles import Lease, Leases, Result
+from .inference import Inference
 from .layout import ModelLayout
 from .mapping import Mapper
 from .report import PoolReport
 from .session import Session
+from .settings import DEFAULT_TRANSPORT
 from .tensors import check_array
 
 if TYPE_CHECKING:
@@ -41,10 +43,10 @@ class Client:
         run_dir: the pool's run directory.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT) -> None:
         self._session: Session | None = None  # for __del__, if connecting fails
         self.run_dir = run_dir
-        self._session = Session(run_dir)
+        self._session = Session(run_dir, transport)
 
     @property
     def session(self) -> Session:
@@ -139,36 +141,8 @@ class Client:
             spec.name: np.empty((1 if items is None else items, *spec.shape), spec.numpy_dtype)
             for spec in layout.spec.outputs
         }
-        step = self.session.models[index].cap * layout.items_per_slot
-        total = 1 if items is None else items
-        for start in range(0, total, step):
-            self._infer_slice(index, checked, outputs, start, min(start + step, total), timeout_s)
+        Inference(self.session, index, checked, outputs, 1 if items is None else items, timeout_s).run()
         return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
-
-    def _infer_slice(
-        self,
-        model: int,
-        inputs: dict[str, np.ndarray],
-        outputs: dict[str, np.ndarray],
-        start: int,
-        end: int,
-        timeout_s: float | None,
-    ) -> None:
-        """Run items `start` to `end` of arrays whose first axis counts items."""
-        per_slot = self.models[model].items_per_slot
-        claims = self.session.claim(model, -(-(end - start) // per_slot), timeout_s)
-        with Leases(Lease(claim, single=False) for claim in claims) as leases:
-            spans = []
-            for lease in leases:
-                stop = min(end, start + lease.count * per_slot)
-                for name, array in inputs.items():
-                    _items_of(lease.inputs[name], per_slot)[: stop - start] = array[start:stop]
-                spans.append((lease.submit(items=stop - start), start, stop))
-                start = stop
-            for submitted, first, last in spans:
-                result = submitted.result(timeout_s)
-                for name, array in outputs.items():
-                    array[first:last] = _items_of(result.outputs[name], per_slot)[: last - first]
 
     def map(
         self,
@@ -251,11 +225,6 @@ class Client:
             return f"<{type(self).__name__}, not connected>"
         state = "closed" if self._session.closed else "connected"
         return f"<{type(self).__name__} of pool {self.name!r}, {state}>"
-
-
-def _items_of(array: np.ndarray, per_slot: int) -> np.ndarray:
-    """An array of slots as an array of items."""
-    return array.reshape(-1, *array.shape[2:]) if per_slot > 1 else array
 
 
 def _check_inputs(layout: ModelLayout, given: dict[str, npt.ArrayLike]) -> tuple[dict[str, np.ndarray], int | None]:

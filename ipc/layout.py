@@ -84,6 +84,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         end = 0
         for model in self.models:
+            if model.max_batch < model.items_per_slot:
+                raise ProtocolError(f"model {model.spec.name!r} has batches smaller than a slot")
             for plane in model.inputs + model.outputs:
                 if plane.offset % PAGE_BYTES or plane.offset < end:
                     raise ProtocolError(f"plane {plane.spec.name!r} at {plane.offset} overlaps or is unaligned")

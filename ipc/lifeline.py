@@ -45,7 +45,8 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         epoch: the broker's life.
         pool: the pool's name.
         endpoint: where its ZeroMQ ROUTER listens.
-        token: proves to the ROUTER that a ZeroMQ identity belongs to this lifeline; good for one use.
+        token: proves to the ROUTER that a ZeroMQ identity belongs to this lifeline; good for one use.  Empty for a
+            worker, which talks over the lifeline itself: see `pipe`.
         layout: the arena.
     """
 
@@ -53,7 +54,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     epoch: int
     pool: str
     endpoint: str
-    token: Annotated[bytes, msgspec.Meta(min_length=40, max_length=40)]
+    token: Annotated[bytes, msgspec.Meta(max_length=40)]
     layout: Layout
 
 

@@ -1,6 +1,14 @@
-"""A peer's end of the connection to the broker: lifeline and ZeroMQ socket together.
+"""A client's end of the connection to the broker: the lifeline, and what carries the messages.
 
-Not thread-safe: whoever uses a `Link` from several threads holds a lock, except around `wait`, which touches
+There are two transports with one interface, and a broker serves both at once:
+
+`Link` sends messages over the lifeline itself.  A frame is one packet of a Unix socket; the kernel keeps it whole
+and in order, and wakes the reader directly.
+
+`ZmqLink` sends them over ZeroMQ, `DEALER` to `ROUTER`.  For each frame it wakes an input/output thread at either
+end, which costs about as much as all the rest (docs/performance.md).
+
+Not thread-safe: whoever uses a link from several threads holds a lock, except around `wait`, which touches
 descriptors only.  ZeroMQ's descriptor is edge-triggered: after any use of the socket, `receive` until it is
 empty before the next `wait` (zmq_getsockopt(3), ZMQ_FD).
 """
@@ -20,6 +28,7 @@ import zmq
 from . import messages as m
 from .errors import PoolClosed, ProtocolError
 from .lifeline import CONNECT_TIMEOUT_S, Description
+from .pipe import FRAME_BYTES
 from .settings import PROTOCOL_VERSION
 
 # Plain integers: pyzmq's enum flags cost 2 us a use, on a path that has 10 us.
@@ -35,11 +44,16 @@ LINGER_MS: Final = 1000
 
 
 class Link:
-    """Connects at once; `welcome` is the broker's answer.
+    """A connection whose messages go over the lifeline; connects at once.
 
     Args:
         lifeline: a connected lifeline, which the link takes over, and closes.
         description: what came over it.
+
+    Attributes:
+        welcome: the broker's answer.
+        early: what came with it.
+        ended: the lifeline has ended, and with it the broker, or its interest in us.
 
     Raises:
         PoolClosed: the pool ended meanwhile.
@@ -50,20 +64,12 @@ class Link:
         self.ended = False
         self._lifeline = lifeline
         self._lifeline.setblocking(False)
-        self._wake = -1
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._pid = os.getpid()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._dealer = self._context.socket(zmq.DEALER)
+        self._poller = select.poll()
+        for fd in (lifeline.fileno(), self._wake):
+            self._poller.register(fd, select.POLLIN)
         try:
-            self._dealer.setsockopt(zmq.LINGER, LINGER_MS)
-            self._dealer.setsockopt(zmq.SNDHWM, 0)  # what we send is bounded by the slots we hold
-            self._dealer.setsockopt(zmq.RCVHWM, 0)
-            self._dealer.connect(description.endpoint)
-            self._poller = select.poll()
-            self._zmq_fd = int(self._dealer.getsockopt(zmq.FD))
-            for fd in (self._zmq_fd, lifeline.fileno(), self._wake):
-                self._poller.register(fd, select.POLLIN)
+            self._open(description)
             self.welcome, self.early = self._greet(description.token)
         except BaseException:
             self.close(linger_ms=0)
@@ -84,55 +90,126 @@ class Link:
             self.wait(deadline - time.monotonic())
 
     def send(self, messages: Sequence[m.Message]) -> None:
-        """Send messages, as one frame unless they are very many; never blocks."""
+        """Send messages, as one frame unless they are very many.  To a broker that has ended they are lost."""
         while len(messages) > MAX_SENT:
-            self._dealer.send(m.encode(messages[:MAX_SENT]), NOBLOCK)
+            self._send_frame(m.encode(messages[:MAX_SENT]))
             messages = messages[MAX_SENT:]
-        self._dealer.send(m.encode(messages), NOBLOCK)
+        self._send_frame(m.encode(messages))
 
     def receive(self) -> list[m.FromBroker]:
         """All messages that have arrived, without waiting."""
         received: list[m.FromBroker] = []
-        dealer = self._dealer
-        while dealer.getsockopt(EVENTS) & POLLIN:  # type: ignore[operator]  # looking costs a third of `zmq.Again`
-            received += m.decode_from_broker(dealer.recv(NOBLOCK))
+        while not self.ended:
+            try:
+                frame = self._lifeline.recv(FRAME_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                frame = b""
+            if frame:
+                received += m.decode_from_broker(frame)
+            else:
+                self._end()
         return received
 
     def wait(self, timeout_s: float | None) -> None:
-        """Sleep until something arrives, the lifeline ends (`ended`), `wake` is called, or time is up."""
+        """Sleep until something arrives, the lifeline ends, `wake` is called, or time is up."""
         timeout_ms = None if timeout_s is None else max(0.0, timeout_s * 1000)
         for fd, _ in self._poller.poll(timeout_ms):
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
-            elif fd != self._zmq_fd and not self.ended:
+            elif fd == self._lifeline.fileno():
                 self._look_at_lifeline()
 
     def wake(self) -> None:
         """End a `wait` in another thread."""
         os.eventfd_write(self._wake, 1)
 
-    def _look_at_lifeline(self) -> None:
-        try:
-            self.ended = not self._lifeline.recv(1)
-        except BlockingIOError:
-            return
-        except OSError:
-            self.ended = True
-        if self.ended:
-            self._poller.unregister(self._lifeline.fileno())
-
     def close(self, linger_ms: int = LINGER_MS) -> None:
-        """Close both, after sending what is still queued, for at most `linger_ms`.  Again: nothing."""
+        """Close, after sending what is still queued, for at most `linger_ms`.  Again: nothing."""
         if self._wake < 0:
             return
         wake, self._wake = self._wake, -1
-        self._dealer.close(linger=linger_ms)
-        self._context.term()
+        self._shut(linger_ms)
         self._lifeline.close()
         os.close(wake)
 
     def abandon_in_child(self) -> None:
-        """After a fork, in the child: close the descriptors that would keep the parent's lifeline open."""
+        """After a fork, in the child: close the descriptor that would keep the parent's lifeline open."""
         self.ended = True
         self._lifeline.close()
+
+    def _end(self) -> None:
+        self.ended = True
+        self._poller.unregister(self._lifeline.fileno())
+
+    # ------------------------------------------------------------------ what transports differ in
+
+    def _open(self, description: Description) -> None:
+        """Connect what carries the messages."""
+
+    def _shut(self, linger_ms: int) -> None:
+        """Disconnect what carries the messages."""
+
+    def _look_at_lifeline(self) -> None:
+        """It is readable: `receive` will see to it."""
+
+    def _send_frame(self, frame: bytes) -> None:
+        while True:
+            try:
+                self._lifeline.send(frame, socket.MSG_NOSIGNAL)
+            except BlockingIOError:  # the broker, which always reads, is behind
+                writable = select.poll()
+                writable.register(self._lifeline.fileno(), select.POLLOUT)
+                writable.poll()
+            except OSError:
+                return  # it has ended, which `receive` tells
+            else:
+                return
+
+
+class ZmqLink(Link):
+    """A connection whose messages go over ZeroMQ; see `Link`."""
+
+    _dealer: zmq.Socket[bytes] | None = None
+
+    def _open(self, description: Description) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        dealer = self._dealer = self._context.socket(zmq.DEALER)
+        dealer.setsockopt(zmq.LINGER, LINGER_MS)
+        dealer.setsockopt(zmq.SNDHWM, 0)  # what we send is bounded by the slots we hold
+        dealer.setsockopt(zmq.RCVHWM, 0)
+        dealer.connect(description.endpoint)
+        self._poller.register(int(dealer.getsockopt(zmq.FD)), select.POLLIN)
+
+    def _shut(self, linger_ms: int) -> None:
+        if self._dealer is not None:
+            self._dealer.close(linger=linger_ms)
+            self._context.term()
+
+    def _send_frame(self, frame: bytes) -> None:
+        assert self._dealer is not None
+        self._dealer.send(frame, NOBLOCK)
+
+    def receive(self) -> list[m.FromBroker]:
+        """All messages that have arrived, without waiting."""
+        received: list[m.FromBroker] = []
+        dealer = self._dealer
+        assert dealer is not None
+        while dealer.getsockopt(EVENTS) & POLLIN:  # type: ignore[operator]  # looking costs a third of `zmq.Again`
+            received += m.decode_from_broker(dealer.recv(NOBLOCK))
+        return received
+
+    def _look_at_lifeline(self) -> None:
+        try:
+            ended = not self._lifeline.recv(1)
+        except BlockingIOError:
+            return
+        except OSError:
+            ended = True
+        if ended and not self.ended:
+            self._end()
+
+
+TRANSPORTS: Final[dict[str, type[Link]]] = {"lifeline": Link, "zmq": ZmqLink}

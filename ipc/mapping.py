@@ -152,7 +152,7 @@ class Mapper(Generic[T]):
                 items = self._items_of(self._write(item, Tensors(claim, self._planes, LEASED, len(batch))))
                 batch.append(item)
                 return items
-        except Exception as error:  # noqa: BLE001: theirs, and raised when what came before it is read
+        except Exception as error:  # noqa: BLE001  # theirs, and raised when what came before it is read
             self._failure = error
         self._exhausted = True
         return 0

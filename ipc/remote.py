@@ -16,6 +16,7 @@ from .client import Client
 from .handles import Lease, Leases, Result
 from .report import PoolReport
 from .rundir import run_dir_of
+from .settings import DEFAULT_TRANSPORT
 
 T = TypeVar("T")
 
@@ -38,19 +39,22 @@ os.register_at_fork(after_in_child=_forget_in_child)
 atexit.register(_close_all)
 
 
-def connect(name: str = "default", *, run_dir: str | os.PathLike[str] | None = None) -> Client:
+def connect(
+    name: str = "default", *, run_dir: str | os.PathLike[str] | None = None, transport: str = DEFAULT_TRANSPORT
+) -> Client:
     """Connect to a running pool.
 
     Args:
         name: the pool's name, as in ``trtpool start --name``.
         run_dir: its run directory, if it was started with one; `$TRTPOOL_RUN_DIR` otherwise names it.
+        transport: what carries the messages: "lifeline", a Unix socket, or "zmq", which costs about twice as much.
 
     Raises:
         PoolNotFound: no pool runs there.
         AccessDenied: this user may not attach.
         ProtocolError: the pool runs another version of trtpool.
     """
-    return Client(run_dir_of(name, run_dir))
+    return Client(run_dir_of(name, run_dir), transport)
 
 
 class PoolHandle:

@@ -25,8 +25,8 @@ from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, Plane
 from .lifeline import connect as connect_lifeline
 from .lifeline import receive_description
-from .link import Link
-from .waiting import AnyOf, Background, Driver, Target
+from .link import TRANSPORTS
+from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 
 CLOSE_GRACE_S: Final = 1.0
 """How long what the broker sent before its end may still be on its way through ZeroMQ."""
@@ -34,14 +34,12 @@ CLOSE_GRACE_S: Final = 1.0
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
 
-_LONGEST_NS: Final = 2**62
-
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def _wire_ns(seconds: float | None) -> int | None:
-    """A span of time as messages carry it: None or infinity is no bound, what is negative is 0."""
-    return None if seconds is None else int(min(max(0.0, seconds * 1e9), _LONGEST_NS))
+    """A span of time as messages carry it: None is no bound, as is more than any clock takes; what is negative is 0."""
+    return None if seconds is None or seconds > LONGEST_SLEEP_S else int(max(0.0, seconds) * 1e9)
 
 
 def _forget_in_child() -> None:
@@ -56,9 +54,10 @@ os.register_at_fork(after_in_child=_forget_in_child)
 class Request(Target):
     """A question to the broker; `answer` is there when it is over."""
 
-    def __init__(self, model: int = 0) -> None:
+    def __init__(self, model: int = 0, count: int = 0) -> None:
         super().__init__()
         self.model = model
+        self.count = count
         self.asked_ns = time.monotonic_ns()
         self.thread = threading.get_ident()
         self.abandoned = False
@@ -87,22 +86,23 @@ class ModelState:
         cap: slots this client may hold.
         held: slots it holds.
         spares: claims granted in advance, by a Submit's `again`.
-        rhythm: single slots released so far; a caller that has released some will lease more.
+        step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
+            will lease as many again.
     """
 
-    __slots__ = ("cap", "held", "inputs", "outputs", "rhythm", "spares")
+    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps")
 
     def __init__(self, inputs: dict[str, Plane], outputs: dict[str, Plane], cap: int) -> None:
         self.inputs = inputs
         self.outputs = outputs
         self.cap = cap
         self.held = 0
-        self.rhythm = 0
+        self.step = self.steps = 0
         self.spares: deque[Claim] = deque()
 
 
 class Session:
-    """A connection to the pool in `run_dir`.
+    """A connection to the pool in `run_dir`, over a `transport` that is a key of `link.TRANSPORTS`.
 
     Attributes:
         pool: its name.
@@ -116,7 +116,9 @@ class Session:
         PoolNotFound, AccessDenied, PoolClosed, ProtocolError: see `trtpool.connect`.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, transport: str) -> None:
+        if transport not in TRANSPORTS:
+            raise InvalidInput(f"there is no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
         lifeline = connect_lifeline(run_dir)
         try:
             description, fd = receive_description(lifeline)
@@ -129,7 +131,7 @@ class Session:
             raise
         self.pool = description.pool
         self.layout: Layout = description.layout
-        self.link = Link(lifeline, description)
+        self.link = TRANSPORTS[transport](lifeline, description)
         self.models = [
             ModelState({p.spec.name: p for p in model.inputs}, {p.spec.name: p for p in model.outputs}, cap)
             for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
@@ -196,7 +198,7 @@ class Session:
                 f"{count} slots were asked for and this client may hold {state.cap} of model "
                 f"{self.layout.models[model].spec.name!r}; ask for fewer, or start the pool with more --slots"
             )
-        request = Request(model)
+        request = Request(model, count)
         wait_ns = _wire_ns(timeout_s)
         with self._driver:
             self._require_open()
@@ -208,6 +210,10 @@ class Session:
                 )
             self._ask(request, lambda number: m.Lease(number, model, count, wait_ns))
         return request
+
+    def room(self, model: int) -> int:
+        """How many slots more this client may hold."""
+        return self.models[model].cap - self.models[model].held
 
     def _coming(self, model: int) -> int:
         """Slots that come back without anybody's doing: those of work that was released before its end."""
@@ -295,7 +301,7 @@ class Session:
     def submit(self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None) -> Submitted:
         """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slot with the result."""
         state = self.models[claim.model_index]
-        again = 1 if claim.count == 1 and state.rhythm > 1 and not state.spares else 0
+        again = claim.count if state.steps > 1 and state.step == claim.count and not state.spares else 0
         return self.submit_again(claim, row, items, deadline_s, again)
 
     def submit_again(
@@ -397,7 +403,8 @@ class Session:
     def _give_back(self, model: int, lease_id: int, at: int, count: int) -> None:
         state = self.models[model]
         state.held -= count
-        state.rhythm += count == 1
+        state.steps = state.steps + 1 if state.step == count else 1
+        state.step = count
         self._outgoing.append(m.Release(lease_id, at, count))
         # With a spare in hand the next Submit is near, and takes the Release along.
         self._urgent = self._urgent or not state.spares
@@ -517,12 +524,29 @@ class Session:
             claims.append(claim)
             self.models[grant.model].held += run.count
         if request is None:
-            self.models[grant.model].spares.extend(claims)
+            self._add_spare(grant.model, claims)
         elif request.abandoned:
             del self._requests[grant.request]
             self._return_claims(claims)
         else:
             self._answer(grant.request, claims)
+
+    def _add_spare(self, model: int, claims: list[Claim]) -> None:
+        """Keep slots granted in advance, unless some are asked for: holding both, we might be above our cap.
+
+        They then serve the request if they fit, whose own grant goes back when it comes, or go back themselves.
+        """
+        asked = [(n, r) for n, r in self._requests.items() if r.count and r.model == model and not r.abandoned]
+        if not asked:
+            self.models[model].spares.extend(claims)
+            return
+        for number, request in asked:
+            if request.count == sum(claim.count for claim in claims):
+                self._answer(number, claims)
+                late = self._requests[number] = Request(model, request.count)
+                late.abandoned = True
+                return
+        self._return_claims(claims)
 
     def _done(self, done: m.Done) -> None:
         submitted = self._pending.get(done.seq)

@@ -19,6 +19,9 @@ PROTOCOL_VERSION: Final = 1
 MAX_FRAME_BYTES: Final = 64 * 1024
 """Largest frame a broker takes from anyone."""
 
+DEFAULT_TRANSPORT: Final = "lifeline"
+"""What carries a client's messages: "lifeline" or "zmq", see `trtpool.ipc.link`."""
+
 DEFAULT_MAX_BATCH: Final = 8
 MAX_ATTEMPTS: Final = 3
 """Times an item may end a worker, or fail in one, while it runs alone."""

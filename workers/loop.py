@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import mmap
 import os
@@ -13,7 +14,7 @@ from trtpool.ipc.arena import map_segment
 from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.layout import ModelLayout, plane_array
 from trtpool.ipc.lifeline import receive_description
-from trtpool.ipc.link import Link
+from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError, Rows
@@ -54,34 +55,27 @@ class WorkerLoop:
         self._engines = [load(request, config.cpus) for request in config.models]
         for engine, model in zip(self._engines, self._models, strict=True):
             bind(engine, segment, model)
-        self._link = Link(lifeline, description)
-        self._link.send([m.Ready(device, lanes=1)])
-        self._early = self._link.early
+        self._pipe = Pipe(lifeline)
+        self._pipe.send([m.Ready(device, lanes=1)])
 
     def run(self) -> None:
         """Serve until the broker ends or says Bye."""
-        messages = self._early
-        while True:
-            for message in messages:
-                if isinstance(message, m.Bye):
-                    log.debug("leaving: %s", message.text)
-                    return
-                if isinstance(message, m.Error):
-                    raise ProtocolError(f"the broker refused a message: {message.text}")
-                if isinstance(message, m.Run):
-                    self._link.send([self._run(message)])
-            messages = self._link.receive()
-            if not messages:
-                if self._link.ended:
-                    return
-                self._link.wait(None)
-                messages = self._link.receive()
+        with contextlib.suppress(ConnectionError):  # it ended while we worked
+            while messages := self._pipe.receive():
+                for message in messages:
+                    if isinstance(message, m.Run):
+                        self._pipe.send([self._run(message)])
+                    elif isinstance(message, m.Error):
+                        raise ProtocolError(f"the broker refused a message: {message.text}")
+                    elif isinstance(message, m.Bye):
+                        log.debug("leaving: %s", message.text)
+                        return
 
     def close(self) -> None:
         """Free the engines and disconnect."""
         for engine in self._engines:
             engine.close()
-        self._link.close()
+        self._pipe.close()
 
     def _run(self, run: m.Run) -> m.Finished | m.Failed:
         try:

@@ -56,9 +56,11 @@ class PoolSetup:
 
     @property
     def window(self) -> int:
-        """Messages in flight for each producer, within the cap: all slots but one batch."""
-        cap = self.slots - -(-self.max_batch // self.items_per_slot)
-        return max(1, min(self.base.window, cap // self.run))
+        """Messages in flight for each producer: all of them together hold at most half of the slots.
+
+        The pool grants slots in advance only while a quarter is free.
+        """
+        return max(1, min(self.base.window, self.slots // 2 // self.run // self.base.producers))
 
 
 class RunsTransport:

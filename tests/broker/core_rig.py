@@ -108,8 +108,9 @@ class Rig:
         assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns)) == []
         return lease_id
 
-    def finish(self, worker: int, run: m.Run) -> list[e.Action]:
-        return self.say(worker, m.Finished(run.batch, run.attempt, 1, 2, 3, 0))
+    def finish(self, worker: int, run: m.Run, compute_ns: int = 2_000_000) -> list[e.Action]:
+        """A batch ends; by default it took so long that the next is sent ahead even if it is not full."""
+        return self.say(worker, m.Finished(run.batch, run.attempt, 1, compute_ns, 3, 0))
 
     def figures(self, model: int = 0) -> ModelReport:
         return report(self.core).models[model]

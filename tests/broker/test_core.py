@@ -45,7 +45,7 @@ def test_from_lease_to_release(rig):
     run = run_of(rig.turn(5 * MS))
     assert run == m.Run(run.batch, 0, 0, [m.Rows(0, 0, 3, 3)])
     assert rig.states() == (13, 0, 0, 3, 0)
-    assert rig.finish(10, run) == [e.Send(1, m.Done(lease, 0, 3, 7, m.OK, 5 * MS, 1, 2, 3))]
+    assert rig.finish(10, run, compute_ns=2) == [e.Send(1, m.Done(lease, 0, 3, 7, m.OK, 5 * MS, 1, 2, 3))]
     assert rig.states() == (13, 0, 0, 0, 3)
     assert rig.say(1, m.Release(lease, 0, 3)) == []
     assert rig.states() == (16, 0, 0, 0, 0)
@@ -524,6 +524,20 @@ def test_cancel_ends_what_waits_to_be_tried_again(rig):
 # --- Again ---------------------------------------------------------------------------------------
 
 
+def test_a_short_batch_is_not_sent_ahead(rig):
+    """The worker's one lane is busy: what runs briefly had better grow to a batch meanwhile."""
+    for _ in range(30):
+        lease = rig.submit(1, 1)
+        rig.finish(10, run_of(rig.turn()), compute_ns=1000)
+        rig.say(1, m.Release(lease, 0, 1))
+    rig.submit(1, 1)
+    run_of(rig.turn())
+    rig.submit(1, 1)
+    assert sent(rig.turn(), m.Run) == []
+    rig.submit(1, 3)  # a full batch is worth it
+    assert sum(rows.items for rows in run_of(rig.turn()).rows) == 4
+
+
 def test_again_grants_when_the_work_is_done(rig):
     lease = rig.lease(1, 2)
     rig.say(1, m.Submit(lease, 0, 2, 0, 2, None, 2))
@@ -741,7 +755,7 @@ def test_a_producers_end_gives_back_all_but_what_runs(rig, closed_first):
     assert rig.states() == (11, 0, 1, 4, 0)
     actions: list[e.Action] = []
     for batch in list(rig.core.workers[10].batches):
-        actions += rig.say(10, m.Finished(batch, 0, 0, 0, 0, 0))
+        actions += rig.say(10, m.Finished(batch, 0, 0, 2_000_000, 0, 0))
     assert actions == [e.Forget(1)], "nobody is told of results that nobody waits for"
     assert rig.states() == (15, 0, 1, 0, 0)
     (done,) = sent(rig.finish(10, run_of(rig.turn())), m.Done)

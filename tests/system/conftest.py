@@ -28,7 +28,7 @@ def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPoo
     """Models "negate", "picky" and "slow" on one worker, batches of up to 4."""
     folder = tmp_path_factory.mktemp("shared")
     models = [save(model, folder, name) for name, model in (("negate", NEGATE), ("picky", PICKY), ("slow", SLOW))]
-    with StartedPool(*models, run_dir=folder / "run", slots=SLOTS, max_batch=4) as pool:
+    with StartedPool(*models, run_dir=folder / "run", slots=SLOTS, max_batch=4, threads=1) as pool:
         yield pool
         with watching(process.pid for process in family(pool.pid)) as wait:
             pool.kill(15)
@@ -46,10 +46,11 @@ def pool(shared_pool: StartedPool) -> Iterator[StartedPool]:
 
 
 @pytest.fixture
-def client(pool: StartedPool) -> Iterator[trtpool.Client]:
+def client(pool: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
     """A client of the shared pool."""
     with pool.connect() as connected:
         yield connected
+    request.node.funcargs.pop("client", None)  # else pytest would hold it, and it the arena, when leaks are looked for
 
 
 @pytest.fixture

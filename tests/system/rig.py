@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 
 import trtpool
@@ -28,7 +29,7 @@ from trtpool.ipc.report import ModelReport
 
 T = TypeVar("T")
 
-PATIENCE_S = 60.0
+PATIENCE_S = 40.0
 """How long anything may take before a test gives up on it; no judgement about speed."""
 
 LOOK_AGAIN_S = 0.002
@@ -171,7 +172,9 @@ class StartedPool(Process):
         announced: what it printed.
     """
 
-    def __init__(self, *models: str | os.PathLike[str], run_dir: Path, env: Mapping[str, str] | None = None, **options: Any):
+    def __init__(
+        self, *models: str | os.PathLike[str], run_dir: Path, env: Mapping[str, str] | None = None, **options: Any
+    ):
         self.run_dir = run_dir
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
         super().__init__(*CLI, "start", *models, f"--run-dir={run_dir}", *flags, env=env)
@@ -242,3 +245,34 @@ def producer(pool: StartedPool, code: str, *arguments: object, env: Mapping[str,
     """
     text = textwrap.dedent(head) + textwrap.dedent(code)
     return Process(sys.executable, "-c", text, pool.run_dir, *map(str, arguments), env=env)
+
+
+# --- Work for the model NEGATE ---
+
+
+def ones(value: float = 1) -> np.ndarray:
+    return np.full(4, value, np.float32)
+
+
+def submit(client: trtpool.Client, value: float, **options: float | None) -> trtpool.Submitted:
+    """Lease a slot, write `value` and submit it; it is released by whoever reads it."""
+    lease = client.lease(model="negate", timeout_s=30)
+    lease.inputs["x"][...] = value
+    return lease.submit(**options)
+
+
+def answer(submitted: trtpool.Submitted) -> float:
+    """The result of `submit`, whose slot is released."""
+    with submitted.result(timeout_s=60) as result:
+        return float(result.outputs["y"].max())
+
+
+def hold(client: trtpool.Client, values: list[float]) -> list[trtpool.Submitted]:
+    """Submit to a pool whose worker stands still: the first two are RUNNING, the others QUEUED."""
+    work = []
+    for count, value in enumerate(values, 1):
+        work.append(submit(client, value))
+        running = min(count, 2)
+        wait_until(lambda: figures(client).running == running, "two batches out")  # noqa: B023
+    assert figures(client).queued == max(0, len(values) - 2)
+    return work

@@ -11,35 +11,19 @@ import numpy as np
 import pytest
 
 import trtpool
-from tests.system.rig import CLI, StartedPool, family, figures, wait_all_free, wait_until, watching
-
-
-def ones(value: float = 1) -> np.ndarray:
-    return np.full(4, value, np.float32)
-
-
-def submit(client: trtpool.Client, value: float, **options: float | None) -> trtpool.Submitted:
-    """Lease a slot, write `value` and submit it; it is released by whoever reads it."""
-    lease = client.lease(model="negate", timeout_s=30)
-    lease.inputs["x"][...] = value
-    return lease.submit(**options)
-
-
-def answer(submitted: trtpool.Submitted) -> float:
-    """The result of `submit`, whose slot is released."""
-    with submitted.result(timeout_s=60) as result:
-        return float(result.outputs["y"].max())
-
-
-def hold(client: trtpool.Client, values: list[float]) -> list[trtpool.Submitted]:
-    """Submit to a pool whose worker stands still: the first two are RUNNING, the others QUEUED."""
-    work = []
-    for at, value in enumerate(values):
-        work.append(submit(client, value))
-        wait_until(lambda at=at: figures(client).running == min(at + 1, 2), "two batches out")  # type: ignore[misc]
-    assert figures(client).queued == max(0, len(values) - 2)
-    return work
-
+from tests.system.rig import (
+    CLI,
+    StartedPool,
+    answer,
+    family,
+    figures,
+    hold,
+    ones,
+    submit,
+    wait_all_free,
+    wait_until,
+    watching,
+)
 
 # --- Signals -------------------------------------------------------------------------------------
 
@@ -102,10 +86,12 @@ def test_a_drain_that_takes_too_long_ends_by_itself(negate, run_dir):
 
 def test_without_its_supervisor_a_pool_ends_and_another_can_follow(negate, run_dir):
     with StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8) as pool, pool.connect() as client:
-        with pool.stopped_worker(), watching([pool.broker, pool.worker]) as wait:
-            work = hold(client, [1, 2, 3])
-            pool.kill()
-            wait()  # the worker too, though it stands still: see below
+        with watching([pool.broker, pool.worker]) as wait:
+            with pool.stopped_worker():
+                work = hold(client, [1, 2, 3])
+                pool.kill()
+                assert pool.wait() == -signal.SIGKILL
+            wait()
         for one in work:
             with pytest.raises(trtpool.PoolClosed, match="ended unexpectedly; see its log"):
                 one.result(timeout_s=60)
@@ -116,7 +102,9 @@ def test_without_its_supervisor_a_pool_ends_and_another_can_follow(negate, run_d
     with pytest.raises(trtpool.PoolNotFound):
         trtpool.connect(run_dir=run_dir)
     for command in ("stop", "status"):
-        assert subprocess.run([*CLI, command, f"--run-dir={run_dir}"], check=False, capture_output=True).returncode == 11
+        assert (
+            subprocess.run([*CLI, command, f"--run-dir={run_dir}"], check=False, capture_output=True).returncode == 11
+        )
     with StartedPool(negate, run_dir=run_dir) as pool:
         with pool.connect() as client:
             assert client.infer(x=ones())["y"].tolist() == [-1] * 4
@@ -147,7 +135,7 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(pool, client):
         assert [answer(one) for one in work] == [-1, -2, -3, -4, -5, -6]
     assert pool.worker != worker
     assert figures(client).retries == retries + 2
-    assert "worker 0 ended: SIGKILL" in pool.line(2)
+    pool.wait_for_line("worker 0 ended: SIGKILL", 2)
 
 
 def test_a_worker_is_started_until_it_can_load(negate, run_dir, worker_does, tmp_path):
@@ -217,7 +205,7 @@ def test_an_input_that_kills_workers_fails_alone(negate, run_dir, worker_does):
         for index, slot in enumerate(leases.slots()):
             slot.inputs["x"][...] = 13 if index == 2 else index
             work.append(slot.submit())
-        with pytest.raises(trtpool.WorkerDied, match="SIGSEGV .a crash in native code"):
+        with pytest.raises(trtpool.WorkerDied, match=r"SIGSEGV \(a crash in native code"):
             work[2].result(timeout_s=60)
         assert [answer(work[index]) for index in (0, 1, 3)] == [0, -1, -3]
         work[2].release()
@@ -248,12 +236,12 @@ def test_a_deadline_counts_only_in_the_queue(pool, client):
 
 
 def test_a_slow_engine_meets_deadlines_that_it_can_meet(client):
-    """On one worker, batches of 4 and a tenth of a second each: 32 items take far more than the deadline."""
+    """On one worker, in batches of 4 of some hundredths of a second each, 24 items take far more than the deadline."""
     with client.lease_many(24, model="slow") as leases:
         work = []
         for index, slot in enumerate(leases.slots()):
             slot.inputs["x"][...] = index
-            work.append(slot.submit(deadline_s=0.15))
+            work.append(slot.submit(deadline_s=0.05))
         wait_futures(work, timeout=60)
         late = [index for index, one in enumerate(work) if isinstance(one.exception(0), trtpool.DeadlineExceeded)]
         assert late[-1] == 23
@@ -266,9 +254,7 @@ def test_a_slow_engine_meets_deadlines_that_it_can_meet(client):
 
 @pytest.mark.parametrize("delay_us", [0, 2000])
 def test_slots_of_several_items(negate, run_dir, delay_us):
-    with StartedPool(
-        negate, run_dir=run_dir, items_per_slot=4, max_batch=16, slots=16, max_delay_us=delay_us
-    ) as pool:
+    with StartedPool(negate, run_dir=run_dir, items_per_slot=4, max_batch=16, slots=16, max_delay_us=delay_us) as pool:
         with pool.connect() as client:
             for count in (1, 3, 4, 5, 17, 200):
                 x = np.arange(4 * count, dtype=np.float32).reshape(count, 4)

@@ -127,7 +127,9 @@ WRONG = {
     "nowhere to be": Wrong(6, lambda d: _model(d, f"--run-dir={d}/no/where"), "No such file or directory; choose"),
     "path too long": Wrong(6, lambda d: _model(d, f"--run-dir={d}/{'x' * 90}"), "choose a shorter one with --run-dir"),
     "bad name": Wrong(3, lambda d: _model(d, "--name=../up"), "name"),
-    "batch below slot": Wrong(3, lambda d: _model(d, "--max-batch=2", "--items-per-slot=4"), "raise the first or lower"),
+    "batch below slot": Wrong(
+        3, lambda d: _model(d, "--max-batch=2", "--items-per-slot=4"), "raise the first or lower"
+    ),
     "batch above model": Wrong(3, lambda d: _model(d, "--max-batch=4"), "takes batches of at most 1"),
     "slot above model": Wrong(3, lambda d: _model(d, "--items-per-slot=2"), "takes batches of at most 1"),
     "GPUs": Wrong(8, lambda d: _model(d, "--gpus=0,1"), "use --device cpu"),

@@ -1,0 +1,121 @@
+"""`Client.infer`: an array of items through the pool, a batch at a time.
+
+Slots are asked for by the batch, and while none are granted the oldest results are read and their slots released.
+So it never waits for more than a batch, keeps as many batches in flight as it is given, and two that share a pool
+cannot block each other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import PoolBusy
+from .handles import Claim, Lease, Leases, Submitted
+from .session import Request, Session
+
+
+class _Span(NamedTuple):
+    """Items `start` to `end`, on their way."""
+
+    submitted: Submitted
+    start: int
+    end: int
+
+
+class Inference:
+    """One `infer` call.
+
+    Args:
+        session: the connection.
+        model: its number.
+        inputs, outputs: arrays by name, whose first axis counts items.
+        total: items.
+        timeout_s: see `Client.infer`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        model: int,
+        inputs: Mapping[str, np.ndarray],
+        outputs: Mapping[str, np.ndarray],
+        total: int,
+        timeout_s: float | None,
+    ) -> None:
+        self._session = session
+        self._model = model
+        self._inputs = inputs
+        self._outputs = outputs
+        self._total = total
+        self._timeout_s = timeout_s
+        layout = session.layout.models[model]
+        self._per_slot = layout.items_per_slot
+        self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.room(model)))
+        self._start = 0  # items submitted
+        self._in_flight: deque[_Span] = deque()
+        self._request: Request | None = None
+
+    def run(self) -> None:
+        """Fill the outputs."""
+        try:
+            while self._start < self._total or self._in_flight:
+                claims = self._claims() if self._start < self._total else None
+                if claims is not None:
+                    self._submit(claims)
+                else:
+                    self._read(self._in_flight.popleft())
+        finally:
+            if self._request is not None:
+                self._session.abandon(self._request)
+            for span in self._in_flight:
+                span.submitted.release()
+
+    def _claims(self) -> list[Claim] | None:
+        """Slots for the next items; None when the oldest result came first."""
+        if self._request is None:
+            count = min(self._most, -(-(self._total - self._start) // self._per_slot))
+            spare = self._session.take_spare(self._model, count)
+            if spare is not None:
+                return [spare]
+            # The broker keeps the time only while all that we can do is to wait for it.
+            bound = None if self._in_flight else self._timeout_s
+            self._request = self._session.ask(self._model, count, bound, at_once=not self._in_flight)
+        elif not self._in_flight and not self._session.wait_any([self._request], self._timeout_s):
+            raise PoolBusy(f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots")
+        if self._in_flight:
+            oldest = self._in_flight[0].submitted
+            if not self._session.wait_any([self._request, oldest], self._timeout_s):
+                raise TimeoutError(f"no result within {self._timeout_s} s")
+            if not self._request.over:
+                return None
+        request, self._request = self._request, None
+        return self._session.answer(request)
+
+    def _submit(self, claims: list[Claim]) -> None:
+        leases = Leases(Lease(claim, single=False) for claim in claims)
+        try:
+            for lease in leases:
+                end = min(self._total, self._start + lease.count * self._per_slot)
+                for name, array in self._inputs.items():
+                    self._items_of(lease.inputs[name])[: end - self._start] = array[self._start : end]
+                self._in_flight.append(_Span(lease.submit(items=end - self._start), self._start, end))
+                self._start = end
+        except BaseException:
+            leases.release()
+            raise
+
+    def _read(self, span: _Span) -> None:
+        try:
+            result = span.submitted.result(self._timeout_s)
+            for name, array in self._outputs.items():
+                array[span.start : span.end] = self._items_of(result.outputs[name])[: span.end - span.start]
+        finally:
+            span.submitted.release()
+
+    def _items_of(self, array: np.ndarray) -> np.ndarray:
+        """An array of slots as an array of items."""
+        return array.reshape(-1, *array.shape[2:]) if self._per_slot > 1 else array

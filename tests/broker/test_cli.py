@@ -1,0 +1,285 @@
+"""The command line as a function of its words: what it makes of options, what it prints, what it exits with."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+import trtpool
+from trtpool.broker import cli, supervisor
+from trtpool.ipc import errors
+from trtpool.ipc.layout import ModelPlan, plan
+from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.settings import ModelSource, PoolSettings
+from trtpool.ipc.tensors import ModelSpec, TensorSpec
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Runs ``trtpool WORDS`` in this process; returns the exit code."""
+
+    def call(*words: str | os.PathLike[str]) -> int:
+        monkeypatch.setattr(sys, "argv", ["trtpool", *map(os.fspath, words)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        return int(raised.value.code or 0)
+
+    return call
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[PoolSettings]:
+    """The settings of pools that would have been started."""
+    seen: list[PoolSettings] = []
+
+    def run(settings: PoolSettings, announce: Callable[[supervisor.Started], None]) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setattr(supervisor, "run", run)
+    return seen
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    (tmp_path / "det.onnx").touch()
+    return tmp_path / "det.onnx"
+
+
+# --- Help ----------------------------------------------------------------------------------------
+
+
+def test_help_has_examples_and_exit_codes(run, capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert "trtpool start det.onnx --shape x=3x640x640 --workers 2 --max-batch 4\n" in text
+    listed = re.search(r"Exit codes:\n(.*)", text, re.DOTALL)
+    assert listed is not None
+    codes = [int(number) for number in re.findall(r"^ +(\d+)  ", listed[1], re.MULTILINE)]
+    assert codes == sorted(set(codes))
+    assert codes == [code for code, _ in cli._CODES]
+
+
+def test_every_error_that_a_command_can_end_with_is_in_the_table():
+    listed = {code for code, _ in cli._CODES}
+    kinds = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.TrtpoolError)]
+    # Nobody but a program that uses the client meets these.
+    program = (errors.UsageError, errors.WorkError)
+    missing = [kind for kind in kinds if not issubclass(kind, program) and kind.exit_code not in listed]
+    assert missing == [errors.PoolError]  # the base, which nothing raises
+
+
+@pytest.mark.parametrize("command", ["start", "status", "stop"])
+def test_each_command_has_help(command, run, capsys):
+    assert run(command, "-h") == 0
+    assert f"Usage: trtpool {command}" in capsys.readouterr().out
+
+
+def test_the_version_is_that_of_the_package(run, capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"trtpool, version {trtpool.__version__}\n"
+
+
+# --- Options -------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_settings(run, started, model, tmp_path):
+    assert run("start", model, "--run-dir", tmp_path / "run") == 0
+    (settings,) = started
+    assert settings == PoolSettings(models=(ModelSource(str(model), "det"),), run_dir=str(tmp_path / "run"))
+
+
+def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "workers": 2, "slots": 9, "items_per_slot": 3, "max_batch": 6, "max_delay_us": 70,
+        "max_slots_per_producer": 4, "drain_timeout_s": 1.5,
+    }  # fmt: skip
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    words += ["--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]
+    assert run("start", "a=det.onnx", "b=./det.onnx", *words) == 0
+    (settings,) = started
+    assert settings.models == (ModelSource(str(model), "a"), ModelSource(str(model), "b"))
+    assert (settings.name, settings.run_dir) == ("ocr", str(tmp_path / "there"))
+    assert (settings.engine.threads, settings.engine.shapes) == (5, {"a:x": (3, 4), "b:z": (7,)})
+    assert {name: getattr(settings, name) for name in options} == options
+    # Were there an option that this test forgot, it would have its default.
+    fixed = {"models", "name", "run_dir", "engine"}
+    assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *fixed}
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "shape"),
+    [
+        ("x=3x640x640", "x", (3, 640, 640)),
+        ("x=7", "x", (7,)),
+        ("x=", "x", ()),  # a number per item
+        ("det:x=2x2", "det:x", (2, 2)),
+        ("a=b=4", "a=b", (4,)),  # a name may have what it likes
+    ],
+)
+def test_shapes(word, name, shape, run, started, model, tmp_path):
+    assert run("start", model, "--run-dir", tmp_path / "run", "--shape", word) == 0
+    assert started[0].engine.shapes == {name: shape}
+
+
+@pytest.mark.parametrize("word", ["x", "3x4", "x=3x", "x=ax4", "x=0", "x=-1x2", "x=3,4", "x=1.5", "=3"])
+def test_what_is_no_shape(word, run, started, model, capsys):
+    assert run("start", model, "--shape", word) == 2
+    assert "is not NAME=3x640x640" in only_line(capsys)
+    assert started == []
+
+
+@pytest.mark.parametrize("word", ["", "a", "0,", "0,0", "-1", "0;1", "gpu0", "0, ,1"])
+def test_what_is_no_list_of_gpus(word, run, started, model, capsys):
+    assert run("start", model, "--gpus", word) == 2
+    assert "is not a list of different GPUs" in only_line(capsys)
+
+
+@pytest.mark.parametrize("word", ["0", "0,1", "GPU-8f3a-1,MIG-5", " 1 , 2 "])
+def test_gpus_cannot_be_used_and_it_says_so(word, run, started, model, capsys):
+    assert run("start", model, "--gpus", word) == errors.DeviceUnavailable.exit_code == 8
+    assert only_line(capsys).endswith("use --device cpu")
+    assert started == []
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def only_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error, with nothing on standard output."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("trtpool: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.NameInUse("taken; choose another"), errors.ArenaTooLarge("less"), errors.StartFailed("see above"),
+        errors.PoolClosed("the broker ended"),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_and_its_code(error, run, model, monkeypatch, capsys):
+    def fail(*_: Any) -> int:
+        raise error
+
+    monkeypatch.setattr(supervisor, "run", fail)
+    assert run("start", model) == error.exit_code
+    assert only_line(capsys) == f"trtpool: {error}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["start"], ["begin"], ["start", "x.onnx", "--nonsense"], ["status", "extra"], ["stop", "--timeout-s=-1"],
+     ["start", "x.onnx", "--workers=0"], ["start", "x.onnx", "--max-batch=many"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_it_does_not_understand_is_one_line(words, run, capsys):
+    assert run(*words) == 2
+    assert re.search(r"; see `trtpool( start| status| stop)? --help`$", only_line(capsys))
+
+
+def test_the_code_of_the_pool_is_that_of_the_command(run, model, monkeypatch):
+    monkeypatch.setattr(supervisor, "run", lambda *_: 1)
+    assert run("start", model) == 1
+
+
+# --- Words for people ----------------------------------------------------------------------------
+
+
+def test_the_announcement(capsys):
+    spec = ModelSpec("det", "/m", (TensorSpec("x", "uint8", (3, 4)),), (TensorSpec("y", "float32", ()),))
+    layout = plan([ModelPlan(spec, 16, 2, 8)])
+    cli._announce(supervisor.Started("ocr", Path("/run/ocr"), layout, 2))
+    assert capsys.readouterr().out == (
+        "model det: x uint8 (N, 3, 4) -> y float32 (N); 16 slots of 32 B, batches of up to 8\n"
+        "ready: pool 'ocr' with 2 workers on the CPU, arena 8.0 KiB, in /run/ocr\n"
+    )
+
+
+def report(**changed: Any) -> PoolReport:
+    counts = dict.fromkeys([field.name for field in msgspec.structs.fields(ModelReport) if field.name != "name"], 0)
+    model = ModelReport(
+        name="det", **{**counts, "slots": 16, "free": 16, "slot_bytes": 1536, "max_batch": 8, **changed}
+    )
+    return PoolReport("ocr", 1, 61.4, 3 << 20, 2, 3, False, (WorkerReport(77, "cpu", 1, 1),), (model,))
+
+
+class Connected:
+    """In place of a client."""
+
+    def __init__(self, answer: PoolReport) -> None:
+        self.answer = answer
+
+    def __enter__(self) -> Connected:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def status(self) -> PoolReport:
+        return self.answer
+
+
+@pytest.fixture
+def status(run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``trtpool status`` prints of a report."""
+
+    def show(answer: PoolReport, *words: str) -> str:
+        monkeypatch.setattr(cli, "connect", lambda name, *, run_dir: Connected(answer))
+        monkeypatch.setenv("COLUMNS", "200")
+        assert run("status", *words) == 0
+        return capsys.readouterr().out
+
+    return show
+
+
+def test_the_status_of_a_pool_that_did_nothing_yet(status):
+    text = status(report())
+    assert "pool ocr: serving for 61 s, arena 3.0 MiB, 2 clients, 3 protocol violations" in text
+    assert "worker 77 on cpu: 1 batches in flight" in text
+    assert re.search(r"now +│ 16 free, 0 leased, 0 queued, 0 running, 0 done", text)
+    assert re.search(r"compute +│ - us a batch", text)
+
+
+def test_the_status_has_means(status):
+    text = status(report(items=3000, batches=1000, runs=1500, queue_ns=6_000_000, compute_ns=2_500_000_000))
+    assert re.search(r"items done / failed +│ 3,000 / 0", text)
+    assert re.search(r"items a batch +│ 3\.0 of at most 8", text)
+    assert re.search(r"runs a batch +│ 1\.5", text)
+    assert re.search(r"in the queue +│ 2\.0 us an item", text)
+    assert re.search(r"compute +│ 2,500\.0 us a batch", text)
+
+
+def test_the_status_as_json_is_the_report(status):
+    whole = report(items=7)
+    assert msgspec.json.decode(status(whole, "--json"), type=PoolReport) == whole
+
+
+def test_stop_says_what_has_ended(run, monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def stop(path: Path, timeout_s: float) -> bool:
+        asked.append((path, timeout_s))
+        return timeout_s > 1
+
+    monkeypatch.setattr(cli.rundir, "stop", stop)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("TRTPOOL_RUN_DIR", raising=False)
+    assert run("stop", "--name=ocr") == 0
+    assert capsys.readouterr().out == "pool 'ocr' has ended\n"
+    assert run("stop", "--run-dir=/there", "--timeout-s=0.5") == errors.PoolBusy.exit_code
+    assert "still drains after 0.5 s; wait, or run `trtpool stop` again" in only_line(capsys)
+    assert asked == [(tmp_path / "trtpool" / "ocr", 60.0), (Path("/there"), 0.5)]

@@ -1,0 +1,343 @@
+"""The broker's loop in a thread of this process; the test is supervisor, worker and clients at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from tests.broker.core_rig import layouts
+from tests.system.raw import Raw
+from tests.system.rig import PATIENCE_S
+from trtpool.broker import control as c
+from trtpool.broker import loop as loop_module
+from trtpool.broker.loop import Loop, configure
+from trtpool.ipc import lifeline
+from trtpool.ipc import messages as m
+from trtpool.ipc.arena import create_segment
+from trtpool.ipc.layout import Layout
+from trtpool.ipc.pipe import FRAME_BYTES
+from trtpool.ipc.report import PoolReport
+from trtpool.ipc.rundir import RunDir
+from trtpool.ipc.settings import BrokerConfig
+
+SEGMENT_BYTES = 1 << 16
+T = TypeVar("T")
+
+
+class Worker:
+    """The worker's end of a lifeline, as the supervisor makes it."""
+
+    def __init__(self, broker: Broker, number: int) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pidfd = os.pidfd_open(os.getpid())
+        with theirs:
+            lifeline.send_packet(broker.control, c.WorkerStarted(number, os.getpid()), [theirs.fileno(), pidfd])
+        os.close(pidfd)
+        self.number = number
+        self.description, arena_fd = lifeline.receive_description(ours)
+        os.close(arena_fd)
+        ours.settimeout(PATIENCE_S)
+        self.sock = ours
+        (welcome,) = self.receive()
+        assert isinstance(welcome, m.Welcome)
+
+    def send(self, *messages: m.ToBroker) -> None:
+        self.sock.send(m.encode(messages))
+
+    def receive(self) -> list[m.FromBroker]:
+        return m.decode_from_broker(self.sock.recv(FRAME_BYTES))
+
+    def run(self) -> m.Run:
+        """Wait for a batch."""
+        (run,) = self.receive()
+        assert isinstance(run, m.Run)
+        return run
+
+    def finish(self, run: m.Run) -> None:
+        self.send(m.Finished(run.batch, run.attempt, 1, 2, 3, 0))
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Broker:
+    """A loop in a thread, and the supervisor's end of its control socket."""
+
+    def __init__(self, run_dir: Path, max_delay_us: int = 0) -> None:
+        self.run_dir = RunDir.claim(run_dir)
+        self._arena_fd = create_segment(SEGMENT_BYTES)
+        listener = lifeline.listen(run_dir)
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control.settimeout(PATIENCE_S)
+        config = BrokerConfig(
+            parent_pid=os.getpid(),
+            name="test",
+            run_dir=str(run_dir),
+            epoch=3,
+            layout=Layout(layouts((16, 1, 4)), SEGMENT_BYTES),
+            max_slots_per_producer=0,
+            max_delay_us=max_delay_us,
+            listener_fd=listener.detach(),
+            control_fd=theirs.detach(),
+            arena_fd=self._arena_fd,
+        )
+        self.loop = Loop(configure(msgspec.json.encode(config)))
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+        self.peers: list[Raw | Worker] = []
+        assert self.hear() == c.BrokerReady()
+
+    def _run(self) -> None:
+        with contextlib.suppress(SystemExit):  # the supervisor ended
+            self.loop.run()
+
+    def hear(self) -> c.Control:
+        return c.decode(lifeline.receive_packet(self.control)[0])
+
+    def tell(self, message: c.Control) -> None:
+        lifeline.send_packet(self.control, message)
+
+    def client(self, *, greet: bool = True) -> Raw:
+        self.peers.append(client := Raw(lifeline.connect(self.run_dir.path), greet=greet))
+        return client
+
+    def worker(self, number: int = 1) -> Worker:
+        """A worker that is ready."""
+        self.peers.append(worker := Worker(self, number))
+        worker.send(m.Ready("cpu", 1))
+        assert self.hear() == c.WorkerIsReady(number)
+        return worker
+
+    def close(self) -> None:
+        for peer in self.peers:
+            peer.close()
+            if isinstance(peer, Worker) and self.thread.is_alive():  # what it was sent would keep the broker
+                self.tell(c.WorkerGone(peer.number, "closed"))
+        if self.thread.is_alive():
+            self.tell(c.DrainNow())
+            self.thread.join(PATIENCE_S)
+        self.control.close()  # its end too, if it did not drain
+        self.thread.join(PATIENCE_S)
+        alive = self.thread.is_alive()
+        for sock in (self.loop._listener, self.loop._control):
+            sock.close()
+        os.close(self._arena_fd)
+        self.run_dir.release()
+        assert not alive
+
+
+def lease(client: Raw, count: int = 1) -> int:
+    (grant,) = client.ask(m.Lease(1, 0, count, None))
+    assert isinstance(grant, m.Grant)
+    ((lease_id, run),) = grant.leases
+    assert run.count == count
+    return lease_id
+
+
+def report(client: Raw) -> PoolReport:
+    (answer,) = client.ask(m.Status(1))
+    assert isinstance(answer, m.Report)
+    return msgspec.json.decode(answer.body, type=PoolReport)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    one = Broker(tmp_path / "run")
+    yield one
+    one.close()
+
+
+# --- One trip ------------------------------------------------------------------------------------
+
+
+def test_a_trip_from_lease_to_release(broker):
+    worker, client = broker.worker(), broker.client()
+    assert (client.description.pool, client.description.epoch) == ("test", 3)
+    assert worker.description.layout == client.description.layout
+    lease_id = lease(client, 4)
+    client.dealer.send(m.encode([m.Submit(lease_id, 0, 4, 0, 4)]))
+    run = worker.run()
+    assert [(rows.count, rows.items) for rows in run.rows] == [(4, 4)]
+    worker.finish(run)
+    (done,) = client.receive()
+    assert isinstance(done, m.Done)
+    assert (done.lease, done.count, done.status, done.compute_ns) == (lease_id, 4, m.OK, 2)
+    client.dealer.send(m.encode([m.Release(lease_id, 0, 4)]))
+    figures = report(client)
+    assert (figures.models[0].free, figures.models[0].items, figures.violations) == (16, 4, 0)
+    assert [(one.pid, one.device) for one in figures.workers] == [(os.getpid(), "cpu")]
+
+
+def test_the_answers_of_a_turn_come_in_one_frame(broker):
+    client = broker.client()
+    answers = client.ask(*(m.Lease(number, 0, 1, None) for number in range(1, 9)), m.Status(9))
+    assert [type(answer) for answer in answers] == [m.Report] + 8 * [m.Grant]  # waiting leases at the turn's end
+    assert [answer.request for answer in answers[1:]] == list(range(1, 9))
+
+
+def test_work_that_arrives_together_is_one_batch(broker):
+    worker, client = broker.worker(), broker.client()
+    leases = [lease(client) for _ in range(4)]
+    client.dealer.send(m.encode([m.Submit(lease_id, 0, 1, seq, 1) for seq, lease_id in enumerate(leases)]))
+    run = worker.run()
+    assert [(rows.first, rows.count) for rows in run.rows] == [(0, 4)]
+    worker.finish(run)
+    assert len(client.receive()) == 4
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+def test_a_lease_that_waits_in_vain_is_answered_when_its_time_is_up(broker):
+    client, other = broker.client(), broker.client()
+    lease(client, 12)
+    (error,) = other.ask(m.Lease(5, 0, 8, 3_000_000))
+    assert isinstance(error, m.Error)
+    assert (error.code, error.request) == (m.BUSY, 5)
+
+
+@pytest.mark.parametrize("delay_us", [500, 15_000], ids=["below epoll's millisecond", "above"])
+def test_a_delay_ends_by_itself(delay_us, tmp_path):
+    broker = Broker(tmp_path / "run", max_delay_us=delay_us)
+    try:
+        worker, client = broker.worker(), broker.client()
+        client.dealer.send(m.encode([m.Submit(lease(client), 0, 1, 0, 1)]))
+        worker.finish(worker.run())
+        (done,) = client.receive()
+        assert isinstance(done, m.Done)
+        assert done.queue_ns >= delay_us * 1000
+    finally:
+        broker.close()
+
+
+def test_a_deadline_passes_without_anything_else_happening(broker):
+    client = broker.client()
+    (done,) = client.ask(m.Submit(lease(client), 0, 1, 0, 1, 2_000_000))
+    assert isinstance(done, m.Done)
+    assert done.status == m.DEADLINE
+
+
+# --- Ends ----------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_had_is_run_by_another(broker):
+    first, client = broker.worker(1), broker.client()
+    client.dealer.send(m.encode([m.Submit(lease(client), 0, 1, 0, 1)]))
+    run = first.run()
+    second = broker.worker(2)
+    first.sock.close()
+    assert report(client).models[0].running == 1  # until the supervisor says that it has ended, it may still write
+    broker.tell(c.WorkerGone(1, "SIGKILL"))
+    again = second.run()
+    assert (again.rows, again.attempt) == (run.rows, 1)
+    second.finish(again)
+    (done,) = client.receive()
+    assert isinstance(done, m.Done)
+    assert done.status == m.OK
+
+
+def test_what_a_worker_finished_before_it_ended_counts(broker):
+    worker, client = broker.worker(), broker.client()
+    client.dealer.send(m.encode([m.Submit(lease(client), 0, 1, 0, 1)]))
+    worker.finish(worker.run())
+    worker.sock.close()
+    broker.tell(c.WorkerGone(1, "SIGKILL"))
+    (done,) = client.receive()
+    assert isinstance(done, m.Done)
+    assert done.status == m.OK
+    assert report(client).models[0].retries == 0
+
+
+def test_a_worker_that_ended_before_it_was_told_of_is_nothing(broker):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.close()
+    pidfd = os.pidfd_open(os.getpid())
+    with theirs:
+        lifeline.send_packet(broker.control, c.WorkerStarted(1, os.getpid()), [theirs.fileno(), pidfd])
+    os.close(pidfd)
+    broker.tell(c.WorkerGone(1, "exit code 1"))
+    client = broker.client()
+    assert report(client).workers == ()
+
+
+def test_a_worker_that_breaks_the_protocol_is_answered(broker):
+    worker, client = broker.worker(), broker.client()
+    worker.send(m.Finished(99, 0, 0, 0, 0, 0))
+    (error,) = worker.receive()
+    assert isinstance(error, m.Error)
+    worker.sock.send(b"garbage")
+    (error,) = worker.receive()
+    assert isinstance(error, m.Error)
+    assert report(client).violations == 2
+
+
+def test_a_drain_says_bye_to_all(broker):
+    worker, client, idle = broker.worker(), broker.client(), broker.client()
+    stranger = broker.client(greet=False)
+    client.dealer.send(m.encode([m.Submit(lease(client), 0, 1, 0, 1)]))
+    run = worker.run()
+    broker.tell(c.DrainNow())
+    (error,) = idle.ask(m.Lease(1, 0, 1, None))
+    assert isinstance(error, m.Error)
+    assert error.code == m.CLOSING
+    worker.finish(run)
+    done, bye = client.receive() + client.receive()
+    assert isinstance(done, m.Done)
+    for last in ([bye], idle.receive(), worker.receive()):
+        assert last == [m.Bye("pool 'test' was stopped")]
+    assert broker.hear() == c.IsDrained()
+    stranger.wait_cut_off()
+    broker.thread.join(PATIENCE_S)
+    assert not broker.thread.is_alive()
+
+
+def test_without_its_supervisor_the_loop_ends(tmp_path):
+    broker = Broker(tmp_path / "run")
+    broker.control.shutdown(socket.SHUT_RDWR)
+    broker.thread.join(PATIENCE_S)
+    assert not broker.thread.is_alive()
+    broker.close()
+    broker.loop._say_bye()  # which frees what its process's end would have freed
+
+
+# --- Who reads too slowly ------------------------------------------------------------------------
+
+
+def test_who_does_not_read_is_cut_off_and_others_are_served(broker, monkeypatch, caplog):
+    monkeypatch.setattr(loop_module, "MAX_OUTBOX_FRAMES", 20)
+    slow, other = broker.client(), broker.client()
+    status = m.encode([m.Status(1)] * 16)
+
+    def is_cut_off() -> bool:
+        return bool(select.select([slow.lifeline], [], [], 0)[0])
+
+    for _ in range(100_000):
+        if is_cut_off():
+            break
+        slow.dealer.send(status)
+        assert other.alive()  # a turn of its own for each
+    assert is_cut_off()
+    assert "reads too slowly, and is cut off" in caplog.text
+    assert report(other).producers == 1
+
+
+def test_who_reads_late_gets_everything(broker):
+    """What ZeroMQ has no room for waits, and goes out as soon as there is some."""
+    slow, other = broker.client(), broker.client()
+    asked = list(range(3000))
+    for number in asked:
+        slow.dealer.send(m.encode([m.Status(number)]))
+        assert other.alive()
+    got: list[int] = []
+    while len(got) < len(asked):
+        got += [answer.request for answer in slow.receive() if isinstance(answer, m.Report)]
+    assert got == asked

@@ -1,0 +1,185 @@
+"""From settings to a layout; and looking at models in children."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import trtpool
+from tests.models import FIXED_BATCH_ONE, MODELS, save
+from trtpool.broker import planning
+from trtpool.broker.planning import child_environment, error_of, inspect, lay_out, requests
+from trtpool.ipc import errors
+from trtpool.ipc.settings import EngineSettings, InspectRequest, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.tensors import ModelSpec, TensorSpec
+
+
+def settings(*names: str, shapes: dict[str, tuple[int, ...]] | None = None, **options: Any) -> PoolSettings:
+    sources = tuple(ModelSource(f"/models/{name}.onnx", name) for name in names or ("det",))
+    return PoolSettings(models=sources, run_dir="/run/p", engine=EngineSettings(shapes=shapes or {}), **options)
+
+
+def spec(name: str = "det", limit: int = 0) -> ModelSpec:
+    """An item takes 40 bytes."""
+    return ModelSpec(name, "/m", (TensorSpec("x", "float32", (8,)),), (TensorSpec("y", "float64", ()),), limit)
+
+
+# --- Shapes --------------------------------------------------------------------------------------
+
+
+def test_shapes_go_to_the_model_that_they_name():
+    one, two = requests(settings("det", "cls", shapes={"det:x": (3, 4), "cls:x": (5,), "cls:z": ()}))
+    assert (one.source.name, one.engine.shapes) == ("det", {"x": (3, 4)})
+    assert (two.source.name, two.engine.shapes) == ("cls", {"x": (5,), "z": ()})
+
+
+def test_with_one_model_its_name_need_not_be_said():
+    (only,) = requests(settings("det", shapes={"x": (3,), "det:z": (4,)}))
+    assert only.engine.shapes == {"x": (3,), "z": (4,)}
+
+
+def test_engine_settings_reach_each_model():
+    chosen = PoolSettings(
+        models=(ModelSource("/a", "a"), ModelSource("/b", "b")), run_dir="/r", engine=EngineSettings(threads=3)
+    )
+    assert [request.engine.threads for request in requests(chosen)] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "words"),
+    [
+        (("det", "cls"), "x", "say --shape MODEL:x=..."),
+        (("det",), "cls:x", "no model is called 'cls'; there are det"),
+        (("det", "cls"), ":x", "no model is called ''; there are det, cls"),
+    ],
+)
+def test_a_shape_for_no_model_is_refused(names, key, words):
+    with pytest.raises(errors.ConfigError, match=words):
+        requests(settings(*names, shapes={key: (3,)}))
+
+
+# --- Sizes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "limit", "slots", "max_batch"),
+    [
+        ({}, 0, 32, 8),  # (1 lane + 1) batches for the worker and 2 for producers
+        ({"workers": 3}, 0, 64, 8),
+        ({"max_batch": 2}, 0, 8, 2),
+        ({"slots": 5}, 0, 5, 8),
+        ({}, 1, 4, 1),  # as many as the model takes
+        ({"max_batch": 1}, 1, 4, 1),
+        ({"items_per_slot": 3}, 0, 11, 8),  # rounded up, so that 32 items fit
+        ({"items_per_slot": 20}, 0, 4, 20),
+        ({"items_per_slot": 4, "max_batch": 8}, 16, 8, 8),
+    ],
+)
+def test_slots_and_batches_by_default(options, limit, slots, max_batch):
+    (model,) = lay_out(settings(**options), [spec(limit=limit)]).models
+    assert (model.slots, model.max_batch) == (slots, max_batch)
+    assert model.items_per_slot == options.get("items_per_slot", 1)
+
+
+def test_each_model_has_slots_of_its_own():
+    layout = lay_out(settings("a", "b"), [spec("a"), spec("b", limit=1)])
+    assert [(model.spec.name, model.slots) for model in layout.models] == [("a", 32), ("b", 4)]
+    layout.validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"items_per_slot": 5}, "so --items-per-slot 5 is too many; lower it"),
+        ({"max_batch": 5}, "so --max-batch 5 is too large; lower it"),
+    ],
+)
+def test_more_than_a_model_takes_is_refused(options, words):
+    with pytest.raises(errors.ConfigError, match=f"'det' takes batches of at most 4, {words}"):
+        lay_out(settings(**options), [spec(limit=4)])
+
+
+# --- Children ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["ModelError", "MissingExtra", "DeviceUnavailable", "ProtocolError"])
+def test_a_refusal_is_the_error_that_it_names(kind):
+    error = error_of(Refusal(kind, "mend it"))
+    assert type(error) is getattr(trtpool, kind)
+    assert str(error) == "mend it"
+
+
+@pytest.mark.parametrize("kind", ["SystemExit", "annotations", "", "NoSuchError", "__class__"])
+def test_a_refusal_that_names_no_error_of_ours_fails_the_start(kind):
+    assert type(error_of(Refusal(kind, "mend it"))) is trtpool.StartFailed
+
+
+def test_children_import_this_trtpool_and_nothing_of_the_directory_they_start_in(tmp_path, monkeypatch):
+    (tmp_path / "trtpool.py").write_text("raise RuntimeError('the wrong one')\n")
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    assert child_environment()["PYTHONPATH"].split(os.pathsep)[1:] == ["/elsewhere"]
+    monkeypatch.delenv("PYTHONPATH")
+    command = [sys.executable, "-c", "import trtpool; print(trtpool.__file__)"]
+    seen = subprocess.run(command, env=child_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    if sys.version_info >= (3, 11):  # before, nothing keeps that directory out but its place
+        assert Path(seen.stdout.strip()).samefile(trtpool.__file__), seen.stderr
+
+
+def wanted(path: Path) -> InspectRequest:
+    return InspectRequest(ModelSource(str(path), path.stem), EngineSettings())
+
+
+@pytest.mark.system
+def test_models_are_looked_at_by_children(tmp_path):
+    paths = [save(MODELS["mean"].model, tmp_path, "mean"), save(FIXED_BATCH_ONE, tmp_path, "one")]
+    mean, one = inspect([wanted(path) for path in paths])
+    assert (mean.name, mean.batch_limit, mean.inputs) == ("mean", 0, (TensorSpec("x", "float32", (2, 2)),))
+    assert (one.name, one.batch_limit) == ("one", 1)
+    bad = tmp_path / "bad.onnx"
+    bad.write_text("hello")
+    with pytest.raises(errors.ModelError, match="damaged or no ONNX model"):
+        inspect([wanted(paths[0]), wanted(bad)])
+
+
+@pytest.mark.system
+def test_who_stops_waiting_leaves_no_child(tmp_path, monkeypatch):
+    """As when a signal comes; the children would otherwise wait for their question for ever."""
+    children = []
+
+    class Watched(subprocess.Popen[bytes]):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            children.append(self)
+
+    @contextlib.contextmanager
+    def impatient() -> Iterator[None]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(planning.subprocess, "Popen", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        inspect([wanted(tmp_path / "a.onnx"), wanted(tmp_path / "b.onnx")], impatient)
+    assert [child.returncode for child in children] == [-9, -9]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        ("os.kill(os.getpid(), 11)", r"/a.onnx: looking at it ended with SIGSEGV \(a crash in native code"),
+        ("os._exit(3)", "ended with exit code 3"),
+        ("os._exit(0)", "ended with exit code 0"),  # and no answer
+    ],
+)
+def test_a_model_that_ends_the_child_is_named(end, words, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(f"import os\n{end}\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(errors.ModelError, match=words):
+        inspect([wanted(tmp_path / "a.onnx")])

@@ -1,0 +1,239 @@
+"""`trtpool.Pool`: a pool that belongs to a process, whatever kind of process it is and however it ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+
+import trtpool
+from tests.models import FIXED_BATCH_ONE, OPEN_ITEM, save
+from tests.system.rig import Process, command_of, family, ones, wait_until, watching
+
+
+def supervisor_of(pool: trtpool.Pool) -> subprocess.Popen[bytes]:
+    assert pool._process is not None
+    return pool._process
+
+
+def descriptors() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+# --- In any kind of program ----------------------------------------------------------------------
+
+SCRIPT = """
+import sys, warnings
+warnings.simplefilter("error")
+import numpy as np
+import trtpool
+with trtpool.Pool(model=sys.argv[1]) as pool:
+    print(pool.infer(x=np.full(4, 2, "f4"))["y"].tolist())
+"""
+# As a notebook does it: cells, executed one by one in a namespace that no file stands for.
+NOTEBOOK = """
+cells = [
+    "import trtpool, numpy as np, sys",
+    "pool = trtpool.Pool(model=sys.argv[1])",
+    "print(pool.infer(x=np.full(4, 2, 'f4'))['y'].tolist())",
+    "pool.close()",
+]
+namespace = {"__name__": "__main__"}
+for cell in cells:
+    exec(compile(cell, "<cell>", "exec"), namespace)
+"""
+NEVER_CLOSED = """
+import sys
+import numpy as np
+import trtpool
+pool = trtpool.Pool(model=sys.argv[1])
+print(pool.infer(x=np.full(4, 2, "f4"))["y"].tolist())
+"""
+
+
+@pytest.mark.parametrize(
+    "text", [SCRIPT, NOTEBOOK, NEVER_CLOSED], ids=["script without a guard", "notebook", "never closed"]
+)
+def test_a_pool_in_a_program(text, negate, tmp_path):
+    if text is SCRIPT:
+        (tmp_path / "program.py").write_text(text)
+        command = [str(tmp_path / "program.py")]
+    else:
+        command = ["-c", text]
+    with Process(sys.executable, *command, negate) as program:
+        assert program.succeed() == "[-2.0, -2.0, -2.0, -2.0]\n"
+    place = tmp_path / "trtpool"
+    wait_until(lambda: [*place.iterdir()] == [], "the run directory's end")
+
+
+OWNER = """
+import sys
+import trtpool
+pool = trtpool.Pool(model=sys.argv[1], run_dir=sys.argv[2])
+print("ready", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_pool_ends_with_a_process_that_is_killed(negate, run_dir):
+    with Process(sys.executable, "-c", OWNER, negate, run_dir) as owner:
+        owner.wait_for_line("ready")
+        processes = family(owner.pid)
+        assert sorted(map(command_of, processes)) == [
+            "trtpool.broker", "trtpool.broker.supervise", "trtpool.workers",
+        ]  # fmt: skip
+        with trtpool.connect(run_dir=run_dir) as client, client.lease() as slot:
+            slot.inputs["x"][...] = 1
+            with watching(process.pid for process in processes) as wait:
+                owner.kill()
+                owner.wait()
+                with pytest.raises(trtpool.PoolClosed, match=r"is stopping|was stopped"):
+                    client.infer(x=ones())
+                wait()
+            assert slot.inputs["x"].tolist() == [1] * 4  # what is mapped stays
+        assert owner.rest(2) == ""
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("module", ["trtpool.workers.inspect", "trtpool.workers"])
+def test_a_start_that_is_interrupted_leaves_nothing(module, negate, run_dir):
+    with Process(sys.executable, "-c", OWNER, negate, run_dir) as owner:
+        wait_until(lambda: any(command_of(process) == module for process in family(owner.pid)), module)
+        owner.kill(signal.SIGINT)
+        assert "KeyboardInterrupt" in owner.rest(2)
+        assert owner.wait() == -signal.SIGINT
+    assert not run_dir.exists()
+
+
+FORK = """
+import os, sys
+import numpy as np
+import trtpool
+with trtpool.Pool(model=sys.argv[1]) as pool:
+    handle = pool.handle()
+    child = os.fork()
+    if not child:
+        try:
+            pool.infer(x=np.ones(4, "f4"))
+        except trtpool.ForkedClient:
+            pool.close()  # ends nothing: it is the parent's
+            os._exit(int(handle.infer(x=np.full(4, -5, "f4"))["y"][0]))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+    print(pool.infer(x=np.full(4, 2, "f4"))["y"].tolist())
+"""
+
+
+def test_a_forked_child_cannot_end_its_parents_pool(negate):
+    with Process(sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, negate) as program:
+        assert program.succeed() == "[-2.0, -2.0, -2.0, -2.0]\n"
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_is_raised_as_what_it_is(negate, tmp_path, capfd):
+    one, many = save(FIXED_BATCH_ONE, tmp_path, "one"), save(OPEN_ITEM, tmp_path, "open")
+    (tmp_path / "open directory").mkdir(mode=0o755)
+    before = descriptors()
+    with pytest.raises(trtpool.ModelError, match="No such file or directory; check path"):
+        trtpool.Pool(model=tmp_path / "none.onnx")
+    with pytest.raises(trtpool.ModelError, match="--shape x=3x640x640"):
+        trtpool.Pool(model=many)
+    with pytest.raises(trtpool.ConfigError, match="takes batches of at most 1"):
+        trtpool.Pool(model=one, max_batch=4)
+    with pytest.raises(trtpool.ConfigError, match="no model given"):
+        trtpool.Pool(model=[])
+    with pytest.raises(trtpool.ConfigError, match="called the same"):
+        trtpool.Pool(model=[one, one])
+    with pytest.raises(trtpool.ConfigError, match="a setting is not possible"):
+        trtpool.Pool(model=one, workers=0)
+    with pytest.raises(trtpool.RunDirError, match="chmod 700"):
+        trtpool.Pool(model=one, run_dir=tmp_path / "open directory")
+    with pytest.raises(trtpool.DeviceUnavailable, match="use --device cpu"):
+        trtpool.Pool(model=one, device="tpu")
+    gc.collect()
+    assert descriptors() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_supervisor_that_dies_while_it_starts_is_reported(negate, tmp_path, monkeypatch):
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(
+        "import os, sys\nif sys.orig_argv[-1] == 'trtpool.workers.inspect': os.kill(os.getppid(), 9)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ["PYTHONPATH"]]))
+    with pytest.raises(trtpool.StartFailed, match="supervisor ended while it started: SIGKILL"):
+        trtpool.Pool(model=negate)
+
+
+# --- Several, and several times ------------------------------------------------------------------
+
+
+def test_two_pools_in_one_process(negate, run_dir):
+    with trtpool.Pool(model=negate) as one, trtpool.Pool(model=f"n={negate}", name="two", run_dir=run_dir) as two:
+        assert (one.name, two.name) == (f"embedded-{os.getpid()}-{one.name.rpartition('-')[2]}", "two")
+        assert two.run_dir == run_dir
+        with trtpool.connect(run_dir=run_dir) as client:
+            assert client.infer(x=ones(3))["y"].tolist() == [-3] * 4
+        assert one.infer(x=ones(4))["y"].tolist() == [-4] * 4
+        with pytest.raises(trtpool.NameInUse, match=f"pid {supervisor_of(two).pid}"):
+            trtpool.Pool(model=negate, run_dir=run_dir)
+        two.close()
+        two.close()
+        with pytest.raises(trtpool.PoolClosed):
+            two.infer(x=ones())
+        assert one.infer(x=ones(5))["y"].tolist() == [-5] * 4
+    assert not run_dir.exists()
+    assert "closed" in repr(two)
+
+
+def test_a_pool_whose_supervisor_is_killed_says_so_and_can_be_closed(negate):
+    with trtpool.Pool(model=negate) as pool, pool.lease() as slot:
+        supervisor = supervisor_of(pool)
+        with watching(process.pid for process in family(supervisor.pid)) as wait:
+            supervisor.kill()
+            wait()
+        with pytest.raises(trtpool.PoolClosed, match="ended unexpectedly"):
+            pool.infer(x=ones())
+        with pytest.raises(trtpool.PoolClosed):
+            slot.submit()
+
+
+def test_an_error_in_the_block_is_not_hidden(negate):
+    with pytest.raises(ZeroDivisionError), trtpool.Pool(model=negate) as pool, pool.lease():
+        raise ZeroDivisionError
+
+
+def test_a_pool_that_is_dropped_warns_and_ends(negate):
+    pool = trtpool.Pool(model=negate)
+    pid = supervisor_of(pool).pid
+    with pytest.warns(ResourceWarning, match="was dropped without close"):
+        del pool
+    assert not psutil.pid_exists(pid)
+
+
+def test_starting_again_and_again_leaves_nothing(negate, tmp_path):
+    counts = []
+
+    def cycle() -> None:
+        with trtpool.Pool(model=negate, name="again") as pool:
+            pool.infer(x=ones())
+
+    for turn in range(4):
+        if turn % 2:  # a pool may be started and ended in any thread
+            thread = threading.Thread(target=cycle)
+            thread.start()
+            thread.join()
+        else:
+            cycle()
+        gc.collect()
+        counts.append((descriptors(), Path("/proc/self/maps").read_text().count("memfd"), threading.active_count()))
+    assert len(set(counts)) == 1
+    assert [*(tmp_path / "trtpool").iterdir()] == []
