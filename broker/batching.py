@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from trtpool.ipc import messages as m
@@ -43,7 +44,15 @@ class Work:
     )  # fmt: skip
 
     def __init__(
-        self, lease: LeaseRecord, at: int, count: int, items: int, seq: int, queued_ns: int, deadline_ns: int, again: int
+        self,
+        lease: LeaseRecord,
+        at: int,
+        count: int,
+        items: int,
+        seq: int,
+        queued_ns: int,
+        deadline_ns: int,
+        again: int,
     ) -> None:
         self.lease = lease
         self.at = at
@@ -154,7 +163,7 @@ class WorkQueue:
     def _is_slice(self, window: list[Work], max_items: int) -> bool:
         """Whether the window begins with a batch of adjacent slots already, as a steady load does."""
         items = window[0].items
-        for before, work in zip(window, window[1:], strict=False):
+        for before, work in pairwise(window):
             if items >= max_items:
                 break
             if not self.adjacent(before, work):

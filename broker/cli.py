@@ -115,7 +115,7 @@ def cli() -> None:
       trtpool start det=a.onnx cls=b.onnx --name ocr
       trtpool status --json
       trtpool stop --name ocr
-    """  # noqa: D301: click wants the character itself, to leave the lines as they are
+    """  # noqa: D301  # click wants the character itself, to leave the lines as they are
 
 
 @cli.command()
@@ -135,7 +135,9 @@ def cli() -> None:
 )
 @click.option("--slots", type=click.IntRange(1, 2**24), help="Slots for each model [default: from workers and batch].")
 @click.option("--items-per-slot", type=click.IntRange(1, 2**20), default=1, show_default=True, help="Items in a slot.")
-@click.option("--max-batch", type=click.IntRange(1, 2**24), help="Largest batch, in items [default: 8, or a slot's items].")
+@click.option(
+    "--max-batch", type=click.IntRange(1, 2**24), help="Items in the largest batch [default: 8, or a slot's]."
+)
 @click.option(
     "--max-delay-us",
     type=click.IntRange(0, 60_000_000),
@@ -148,8 +150,15 @@ def cli() -> None:
     type=click.IntRange(1, 2**24),
     help="Slots of a model that one client may hold [default: all but one batch].",
 )
-@click.option("--drain-timeout-s", type=click.FloatRange(0, 86_400), default=30.0, show_default=True, help="Patience at the end.")
+@click.option(
+    "--drain-timeout-s",
+    type=click.FloatRange(0, 86_400),
+    default=30.0,
+    show_default=True,
+    help="How long a stopping pool waits for work in flight.",
+)
 def start(
+    *,
     models: tuple[str, ...],
     name: str,
     run_dir: Path | None,
@@ -223,14 +232,19 @@ def status(name: str, run_dir: Path | None, as_json: bool) -> None:
 @cli.command()
 @_pool_options
 @click.option(
-    "--timeout-s", type=click.FloatRange(0), default=60.0, show_default=True, help="Seconds to wait for the pool to end."
+    "--timeout-s",
+    type=click.FloatRange(0),
+    default=60.0,
+    show_default=True,
+    help="Seconds to wait for the pool to end.",
 )
 def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
     """Drain a pool: grant nothing new, finish what is in flight, end."""
     path = rundir.run_dir_of(name, run_dir)
     if not rundir.stop(path, timeout_s):
         raise errors.PoolBusy(
-            f"the pool in {path} still drains after {timeout_s:g} s; wait, or run `trtpool stop` again to end it at once"
+            f"the pool in {path} still drains after {timeout_s:g} s; "
+            "wait, or run `trtpool stop` again to end it at once"
         )
     click.echo(f"pool {name!r} has ended" if run_dir is None else f"the pool in {path} has ended")
 

@@ -573,9 +573,10 @@ class Core:
         while True:
             model = None
             for candidate in self.models:
-                if candidate.queue.items and not self._held_back(candidate):
-                    if model is None or candidate.queue.oldest.queued_ns < model.queue.oldest.queued_ns:
-                        model = candidate
+                if not candidate.queue.items or self._held_back(candidate):
+                    continue
+                if model is None or candidate.queue.oldest.queued_ns < model.queue.oldest.queued_ns:
+                    model = candidate
             worker = self._pick_worker(model) if model else None
             if model is None or worker is None:
                 return

@@ -8,10 +8,9 @@ from collections import OrderedDict
 from typing import Final
 
 from trtpool.ipc import messages as m
-from trtpool.ipc.settings import PROTOCOL_VERSION
+from trtpool.ipc.settings import PROTOCOL_VERSION, TOKEN_BYTES
 
-SECRET_BYTES: Final = 32
-TOKEN_BYTES: Final = 8 + SECRET_BYTES
+SECRET_BYTES: Final = TOKEN_BYTES - 8
 MAX_TURNED_AWAY: Final = 4096
 
 

@@ -3,8 +3,9 @@
 One turn: sleep until something happens; read lifelines, pidfds, the control socket and every ZeroMQ message
 that has arrived; let the core end its turn, which makes batches of all of it; send each peer at most one frame.
 
-One epoll watches all lifelines and pidfds, and ZeroMQ polls its socket and that epoll: 256 descriptors in a
-`zmq.Poller` would cost 28 us a poll, and in an epoll 2.
+One epoll watches everything: 256 descriptors in a `zmq.Poller` would cost 28 us a poll, and in an epoll 2.
+ZeroMQ's descriptor is edge-triggered, and any use of its socket may use up the edge: `_zmq_used` says that the socket
+must be asked whether it has messages (zmq_getsockopt(3), ZMQ_FD).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import zmq
@@ -38,12 +39,13 @@ from .doorman import Doorman
 
 log = logging.getLogger("trtpool.broker")
 
-# Plain integers: pyzmq's enum flags cost 2 us a use.
+# Plain integers: enum flags cost 2 us a use.
 NOBLOCK: Final = int(zmq.NOBLOCK)
 SNDMORE: Final = int(zmq.SNDMORE) | NOBLOCK
 RCVMORE: Final = int(zmq.RCVMORE)
 EVENTS: Final = int(zmq.EVENTS)
 POLLIN: Final = int(zmq.POLLIN)
+SEND_FLAGS: Final = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 MAX_FRAMES_A_TURN: Final = 256
 MAX_FRAMES_OF_A_PEER: Final = 64
@@ -55,7 +57,7 @@ MAX_OUTBOX_FRAMES: Final = 1024
 RETRY_NS: Final = 5_000_000
 """How long until a full outbox is tried again, and new connections after running out of descriptors."""
 
-FINE_TIMER_NS: Final = 10_000_000
+FINE_TIMER_S: Final = 0.01
 """Timers nearer than this are slept for by select(2), whose resolution is better than epoll's millisecond."""
 
 LONGEST_SLEEP_NS: Final = 60_000_000_000
@@ -115,11 +117,11 @@ class Loop:
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.LINGER, BYE_LINGER_MS)
         self._router.bind(self._endpoint)
-        self._zmq_fd = int(self._router.getsockopt(zmq.FD))
         self._epoll = select.epoll()
-        for fd in (self._listener.fileno(), self._control.fileno()):
+        self._zmq_fd = int(self._router.getsockopt(zmq.FD))
+        self._zmq_used = True
+        for fd in (self._zmq_fd, self._listener.fileno(), self._control.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
-        self._poll_items: list[tuple[Any, int]] = [(self._router, POLLIN), (self._epoll.fileno(), POLLIN)]
 
     def run(self) -> None:
         """Serve."""
@@ -135,7 +137,7 @@ class Loop:
     # ------------------------------------------------------------------ sleeping
 
     def _sleep(self) -> list[int]:
-        """Wait for the next thing to happen; returns the descriptors, but for ZeroMQ's, that it happened to."""
+        """Wait for the next thing to happen; returns the descriptors that it happened to."""
         if self._accept_again_ns and time.monotonic_ns() >= self._accept_again_ns:
             self._accept_again_ns = 0
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
@@ -143,24 +145,23 @@ class Loop:
         if self._slow:
             timers.append(time.monotonic_ns() + RETRY_NS)
         due = [timer for timer in timers if timer is not None]
-        timeout_ms = -1
-        if due:
-            left_ns = min(max(0, min(due) - time.monotonic_ns()), LONGEST_SLEEP_NS)
-            timeout_ms = -(-left_ns // 1_000_000)
-            if 0 < left_ns < FINE_TIMER_NS:
-                if not self._has_messages():
-                    select.select([self._zmq_fd, self._epoll.fileno()], [], [], left_ns / 1e9)
-                timeout_ms = 0
-        for what, _ in zmq.zmq_poll(self._poll_items, timeout_ms):
-            if what == self._epoll.fileno():
-                return [fd for fd, _ in self._epoll.poll(0)]
-        return []
+        timeout_s = None
+        if self._zmq_used and self._has_messages():
+            timeout_s = 0.0
+        elif due:
+            timeout_s = min(max(0, min(due) - time.monotonic_ns()), LONGEST_SLEEP_NS) / 1e9
+            if 0 < timeout_s < FINE_TIMER_S:
+                select.select([self._epoll.fileno()], [], [], timeout_s)
+                timeout_s = 0.0
+        return [fd for fd, _ in self._epoll.poll(timeout_s)]
 
     def _has_messages(self) -> bool:
         return bool(self._router.getsockopt(EVENTS) & POLLIN)  # type: ignore[operator]
 
     def _look_at(self, fd: int) -> None:
-        if fd == self._listener.fileno():
+        if fd == self._zmq_fd:
+            self._zmq_used = True
+        elif fd == self._listener.fileno():
             self._accept()
         elif fd == self._control.fileno():
             self._read_control()
@@ -241,6 +242,8 @@ class Loop:
                 frame = peer.sock.recv(FRAME_BYTES)
             except BlockingIOError:
                 return
+            except ConnectionResetError:
+                continue  # it closed with something unread, which is told once, before what it sent last
             except OSError:
                 frame = b""
             if not frame:
@@ -342,8 +345,9 @@ class Loop:
 
     def _read_messages(self) -> None:
         router = self._router
-        for _ in range(MAX_FRAMES_A_TURN):
+        for _ in range(MAX_FRAMES_A_TURN if self._zmq_used else 0):
             if not self._has_messages():
+                self._zmq_used = False
                 return
             identity = router.recv(NOBLOCK)
             frame = router.recv(NOBLOCK)
@@ -397,6 +401,7 @@ class Loop:
         if self._doorman.turn_away(identity):
             frame = m.encode([m.Error(m.DENIED, "the first message must be Hello with a token of this pool")])
             with contextlib.suppress(zmq.ZMQError):
+                self._zmq_used = True
                 self._router.send_multipart([identity, frame], NOBLOCK)
 
     # ------------------------------------------------------------------ decisions out
@@ -465,6 +470,7 @@ class Loop:
         if identity is None:
             return True
         try:
+            self._zmq_used = True
             self._router.send(identity, SNDMORE)
             self._router.send(frame, NOBLOCK)
         except zmq.Again:
@@ -477,7 +483,7 @@ class Loop:
     @staticmethod
     def _try_pipe(peer: _Peer, frame: bytes) -> bool:
         try:
-            peer.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            peer.sock.send(frame, SEND_FLAGS)
         except BlockingIOError:
             return False
         except OSError as error:

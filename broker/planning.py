@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -33,7 +34,7 @@ def error_of(refusal: Refusal) -> TrtpoolError:
 
 def child_environment() -> dict[str, str]:
     """The environment of our children: they import this very trtpool, and nothing from the current directory."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(sys.modules["trtpool"].__file__ or "")))
+    package = os.fspath(Path(os.path.abspath(sys.modules["trtpool"].__file__ or "")).parent.parent)
     path = os.environ.get("PYTHONPATH")
     return {
         **os.environ,

@@ -46,7 +46,8 @@ def make_settings(models: Sequence[str | os.PathLike[str]], run_dir: Path, **opt
     """
     sources = tuple(model_source(model) for model in models)
     try:
-        return msgspec.convert({"models": msgspec.to_builtins(sources), "run_dir": os.fspath(run_dir), **options}, PoolSettings)
+        given = {"models": msgspec.to_builtins(sources), "run_dir": os.fspath(run_dir), **options}
+        return msgspec.convert(given, PoolSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"a setting is not possible: {error}") from error
 
@@ -146,7 +147,7 @@ class Pool(Client):
 def _start(settings: PoolSettings) -> subprocess.Popen[bytes]:
     """Start the supervisor and wait until the pool serves."""
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
-    with open(read_fd, "rb") as answer:
+    with os.fdopen(read_fd, "rb") as answer:
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", "trtpool.broker.supervise"],

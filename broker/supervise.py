@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -16,13 +17,15 @@ from trtpool.ipc.settings import Refusal
 from . import supervisor
 from .control import SuperviseConfig
 
+log = logging.getLogger("trtpool.supervisor")
+
 
 def main() -> int:
     """Run the pool until it is stopped, or the embedding process ends."""
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=SuperviseConfig)
     set_up_logging("supervisor")
     tie_to_parent(config.parent_pid, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with open(config.answer_fd, "wb", buffering=0) as answer:
+    with os.fdopen(config.answer_fd, "wb", buffering=0) as answer:
 
         def announce(_: supervisor.Started) -> None:
             answer.write(b"\n")
@@ -35,7 +38,7 @@ def main() -> int:
                 refusal = Refusal(type(error).__name__, str(error))
                 answer.write(msgspec.json.encode(refusal) + b"\n")
             else:
-                print(f"trtpool: {error}", file=sys.stderr)
+                log.error("%s", error)  # noqa: TRY400  # its text says it all
             return error.exit_code
 
 

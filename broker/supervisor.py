@@ -155,7 +155,8 @@ class Supervisor:
         settings = self._settings
         if settings.engine.device != "cpu":
             raise DeviceUnavailable(
-                f"device {settings.engine.device!r} cannot be used: this version runs models on the CPU; use --device cpu"
+                f"device {settings.engine.device!r} cannot be used: this version runs models on the CPU; "
+                "use --device cpu"
             )
         run_dir = RunDir.claim(Path(settings.run_dir))
         self._stack.callback(run_dir.release)

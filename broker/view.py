@@ -16,7 +16,13 @@ def _mean(total: int, count: int, unit: float) -> str:
 def _model_rows(model: ModelReport) -> list[tuple[str, str]]:
     return [
         ("slots", f"{model.slots:,} of {format_bytes(model.slot_bytes)}, {model.items_per_slot} items each"),
-        ("now", f"{model.free} free, {model.leased} leased, {model.queued} queued, {model.running} running, {model.done} done"),
+        (
+            "now",
+            (
+                f"{model.free} free, {model.leased} leased, {model.queued} queued, "
+                f"{model.running} running, {model.done} done"
+            ),
+        ),
         ("leases waiting", f"{model.waiting:,}"),
         ("items done / failed", f"{model.items:,} / {model.failed_items:,}"),
         ("batches / retried", f"{model.batches:,} / {model.retries:,}"),
@@ -35,7 +41,8 @@ def show_report(report: PoolReport) -> None:
     console = Console()
     state = "draining" if report.draining else "serving"
     console.print(
-        f"pool [bold]{report.name}[/bold]: {state} for {report.uptime_s:,.0f} s, arena {format_bytes(report.arena_bytes)}, "
+        f"pool [bold]{report.name}[/bold]: {state} for {report.uptime_s:,.0f} s, "
+        f"arena {format_bytes(report.arena_bytes)}, "
         f"{report.producers} clients, {report.violations} protocol violations"
     )
     for worker in report.workers:

@@ -13,7 +13,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-
 from .errors import InvalidInput
 from .handles import Lease, Leases, Result
 from .inference import Inference
@@ -179,9 +178,7 @@ class Client:
             raise InvalidInput(f"map() takes a window of at least 1, got {window}")
         self.session.check_process()
         index = self.model_index(model)
-        return Mapper(
-            self.session, index, write, items, window, ordered, timeout_s, return_exceptions
-        ).run()
+        return Mapper(self.session, index, write, items, window, ordered, timeout_s, return_exceptions).run()
 
     def status(self) -> PoolReport:
         """The pool's figures.
@@ -214,7 +211,8 @@ class Client:
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
         if session is not None and not (session.closed or session.forked):
-            warnings.warn(f"{self!r} was dropped without close(); use `with trtpool.connect() as pool:`", ResourceWarning, 2)
+            text = f"{self!r} was dropped without close(); use `with trtpool.connect() as pool:`"
+            warnings.warn(text, ResourceWarning, stacklevel=2)
             session.close()
 
     def __reduce__(self) -> NoReturn:

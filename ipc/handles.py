@@ -70,12 +70,11 @@ class Claim:
     """
 
     __slots__ = (
-        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "released", "root_ref", "session", "state",
+        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "released", "root_ref", "session",
+        "state",
     )  # fmt: skip
 
-    def __init__(
-        self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int
-    ) -> None:
+    def __init__(self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int) -> None:
         self.session = session
         self.model_index = model_index
         self.model: ModelLayout = session.layout.models[model_index]
@@ -142,7 +141,8 @@ class Claim:
         self.session.release_dropped(self)  # first, for warnings may be errors
         if self.state == LEASED and not (self.session.closed or self.session.forked):
             warnings.warn(
-                f"{self.count} leased slots were dropped without submit() or release(); use `with pool.lease() as slot:`",
+                f"{self.count} leased slots were dropped without submit() or release(); "
+                "use `with pool.lease() as slot:`",
                 ResourceWarning,
                 stacklevel=2,
             )
@@ -153,7 +153,9 @@ class Tensors(Mapping[str, np.ndarray]):
 
     __slots__ = ("_claim", "_planes", "_row", "_state", "_valid")
 
-    def __init__(self, claim: Claim, planes: dict[str, Plane], state: int, row: int | None, valid: Result | None = None) -> None:
+    def __init__(
+        self, claim: Claim, planes: dict[str, Plane], state: int, row: int | None, valid: Result | None = None
+    ) -> None:
         self._claim = claim
         self._planes = planes
         self._state = state

@@ -85,7 +85,9 @@ class Inference:
             bound = None if self._in_flight else self._timeout_s
             self._request = self._session.ask(self._model, count, bound, at_once=not self._in_flight)
         elif not self._in_flight and not self._session.wait_any([self._request], self._timeout_s):
-            raise PoolBusy(f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots")
+            raise PoolBusy(
+                f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots"
+            )
         if self._in_flight:
             oldest = self._in_flight[0].submitted
             if not self._session.wait_any([self._request, oldest], self._timeout_s):

@@ -122,9 +122,7 @@ def plan(models: Sequence[ModelPlan]) -> Layout:
     for model in models:
         rows = model.slots * model.items_per_slot
         inputs, outputs = place(model.spec.inputs, rows), place(model.spec.outputs, rows)
-        layouts.append(
-            ModelLayout(model.spec, model.slots, model.items_per_slot, model.max_batch, inputs, outputs)
-        )
+        layouts.append(ModelLayout(model.spec, model.slots, model.items_per_slot, model.max_batch, inputs, outputs))
     return Layout(tuple(layouts), offset)
 
 

@@ -22,14 +22,14 @@ import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Final
 
 import msgspec
 
 from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError
 from .layout import Layout
 from .rundir import LIFELINE
-from .settings import PROTOCOL_VERSION
+from .settings import PROTOCOL_VERSION, TOKEN_BYTES
 
 PACKET_BYTES: Final = 160 * 1024
 """Most bytes of one packet; below the default `net.core.wmem_default` (212,992) less its overhead."""
@@ -54,8 +54,12 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     epoch: int
     pool: str
     endpoint: str
-    token: Annotated[bytes, msgspec.Meta(max_length=40)]
+    token: bytes
     layout: Layout
+
+    def __post_init__(self) -> None:
+        if len(self.token) not in (0, TOKEN_BYTES):
+            raise ValueError(f"a token has {TOKEN_BYTES} bytes, not {len(self.token)}")
 
 
 class Denial(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="denial"):

@@ -31,10 +31,11 @@ from .lifeline import CONNECT_TIMEOUT_S, Description
 from .pipe import FRAME_BYTES
 from .settings import PROTOCOL_VERSION
 
-# Plain integers: pyzmq's enum flags cost 2 us a use, on a path that has 10 us.
+# Plain integers: enum flags cost 2 us a use, on a path that has 10 us.
 NOBLOCK: Final = int(zmq.NOBLOCK)
 EVENTS: Final = int(zmq.EVENTS)
 POLLIN: Final = int(zmq.POLLIN)
+NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
 
 MAX_SENT: Final = 512
 """Most messages in a frame that we send; of so many the longest stay below `MAX_FRAME_BYTES`."""
@@ -51,6 +52,7 @@ class Link:
         description: what came over it.
 
     Attributes:
+        late_s: how long messages may still come in after the lifeline has ended.
         welcome: the broker's answer.
         early: what came with it.
         ended: the lifeline has ended, and with it the broker, or its interest in us.
@@ -59,6 +61,8 @@ class Link:
         PoolClosed: the pool ended meanwhile.
         ProtocolError: the broker refused us.
     """
+
+    late_s = 0.0  # they come over it, in order
 
     def __init__(self, lifeline: socket.socket, description: Description) -> None:
         self.ended = False
@@ -158,7 +162,7 @@ class Link:
     def _send_frame(self, frame: bytes) -> None:
         while True:
             try:
-                self._lifeline.send(frame, socket.MSG_NOSIGNAL)
+                self._lifeline.send(frame, NOSIGNAL)
             except BlockingIOError:  # the broker, which always reads, is behind
                 writable = select.poll()
                 writable.register(self._lifeline.fileno(), select.POLLOUT)
@@ -171,6 +175,8 @@ class Link:
 
 class ZmqLink(Link):
     """A connection whose messages go over ZeroMQ; see `Link`."""
+
+    late_s = 1.0  # they are on their way through ZeroMQ's threads
 
     _dealer: zmq.Socket[bytes] | None = None
 

@@ -77,6 +77,8 @@ class Mapper(Generic[T]):
                 if not self._in_flight:
                     break
                 part = self._next_part()
+                if part is None:
+                    continue
                 try:
                     yield from self._deliver(part)
                 except Exception:
@@ -110,16 +112,17 @@ class Mapper(Generic[T]):
             self._slots_out += count
             return spare
         if self._request is None:
-            self._request = self._session.ask(self._model, count, self._timeout_s, at_once=not self._in_flight)
+            # The broker keeps the time only while all that we can do is to wait for it.
+            bound = None if self._in_flight else self._timeout_s
+            self._request = self._session.ask(self._model, count, bound, at_once=not self._in_flight)
+        elif not self._in_flight and not self._session.wait_any([self._request], self._timeout_s):
+            raise PoolBusy(
+                f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots"
+            )
         if self._in_flight and not self._request.over:
             return None
         request, self._request = self._request, None
-        try:
-            granted = self._session.answer(request)
-        except PoolBusy:
-            if self._in_flight:  # our own results have yet to be read; ask again then
-                return None
-            raise
+        granted = self._session.answer(request)
         self._slots_out += sum(claim.count for claim in granted)
         self._claims.extend(granted)
         return self._claims.popleft()
@@ -195,15 +198,20 @@ class Mapper(Generic[T]):
 
     # ------------------------------------------------------------------ reading
 
-    def _next_part(self) -> _Part[T]:
-        if not self._ordered:
-            if not self._session.wait_any([part.submitted for part in self._in_flight], self._timeout_s):
-                raise TimeoutError(f"no result within {self._timeout_s} s")
-            for index, part in enumerate(self._in_flight):
-                if part.submitted.over:
-                    del self._in_flight[index]
-                    return part
-        return self._in_flight.popleft()
+    def _next_part(self) -> _Part[T] | None:
+        """The next part that has ended; None when slots to write came first."""
+        parts = self._in_flight
+        targets: list[Submitted | Request] = [part.submitted for part in ([parts[0]] if self._ordered else parts)]
+        if self._request is not None and not self._exhausted and self._slots_out + self._run_slots <= self._window:
+            targets.append(self._request)
+        if not self._session.wait_any(targets, self._timeout_s):
+            raise TimeoutError(f"no result within {self._timeout_s} s")
+        for index, target in enumerate(targets):
+            if target.over and target is not self._request:
+                part = parts[index]
+                del parts[index]
+                return part
+        return None
 
     def _deliver(self, part: _Part[T]) -> Iterator[tuple[T, Result]]:
         try:

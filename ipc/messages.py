@@ -34,6 +34,7 @@ from typing import Annotated, Final, TypeAlias
 import msgspec
 
 from .errors import ProtocolError
+from .settings import TOKEN_BYTES
 
 U31 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
@@ -74,7 +75,7 @@ class Hello(_Message, frozen=True, tag=1):
     """The first message of a peer: proves that this ZeroMQ identity owns that lifeline."""
 
     version: U31
-    token: Annotated[bytes, msgspec.Meta(min_length=40, max_length=40)]
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
 
 class Welcome(_Message, frozen=True, tag=2):

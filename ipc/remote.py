@@ -25,7 +25,7 @@ _clients: dict[Path, Client] = {}
 
 
 def _forget_in_child() -> None:
-    global _lock  # noqa: PLW0603: the parent's may be held, by a thread that does not exist here
+    global _lock  # noqa: PLW0603  # the parent's may be held, by a thread that does not exist here
     _lock = threading.Lock()
     _clients.clear()
 

@@ -36,7 +36,7 @@ def default_root() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and Path(runtime).is_dir():
         return Path(runtime) / "trtpool"
-    return Path("/tmp") / f"trtpool-{os.getuid()}"  # noqa: S108: checked for owner, mode and links before use
+    return Path("/tmp") / f"trtpool-{os.getuid()}"  # noqa: S108  # checked for owner, mode and links before use
 
 
 def run_dir_of(name: str = "default", run_dir: str | os.PathLike[str] | None = None) -> Path:
@@ -78,7 +78,8 @@ def check_private(path: Path, *, what: str = "run directory") -> None:
         raise RunDirError(f"the {what} {path} belongs to uid {info.st_uid}, not to you; choose another with --run-dir")
     if info.st_mode & 0o077:
         raise RunDirError(
-            f"the {what} {path} has mode {stat.S_IMODE(info.st_mode):04o}, so others could get in; run: chmod 700 {path}"
+            f"the {what} {path} has mode {stat.S_IMODE(info.st_mode):04o}, so others could get in; "
+            f"run: chmod 700 {path}"
         )
 
 

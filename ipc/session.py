@@ -25,11 +25,8 @@ from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, Plane
 from .lifeline import connect as connect_lifeline
 from .lifeline import receive_description
-from .link import TRANSPORTS
+from .link import LINGER_MS, TRANSPORTS
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
-
-CLOSE_GRACE_S: Final = 1.0
-"""How long what the broker sent before its end may still be on its way through ZeroMQ."""
 
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
@@ -392,13 +389,18 @@ class Session:
 
         def ended(_: weakref.ref[Any]) -> None:
             session = this()
-            if session is not None and not (session.closed or session.forked):
-                session._kept.discard(kept)
-                session._dropped.append(kept)
-                session._driver.try_visit()
+            if session is not None:
+                session.root_ended(kept)
 
         self._kept.add(kept)
         kept.root_ref = weakref.ref(root, ended)
+
+    def root_ended(self, kept: Kept) -> None:
+        """The last array of released slots has ended; called by its finalizer."""
+        if not (self.closed or self.forked):
+            self._kept.discard(kept)
+            self._dropped.append(kept)
+            self._driver.try_visit()
 
     def _give_back(self, model: int, lease_id: int, at: int, count: int) -> None:
         state = self.models[model]
@@ -488,7 +490,7 @@ class Session:
 
     def _receive_last(self) -> None:
         """The lifeline has ended: take in what the broker sent before, up to its Bye."""
-        deadline = time.monotonic() + CLOSE_GRACE_S
+        deadline = time.monotonic() + self.link.late_s
         while self._over is None and time.monotonic() < deadline:
             self.link.wait(deadline - time.monotonic())
             for message in self.link.receive():
@@ -597,6 +599,7 @@ class Session:
         with self._driver:
             for state in self.models:
                 self._return_spares(state)
+            linger_ms = LINGER_MS if self._over is None else 0
             if self._over is None:
                 self._send(m.Bye("closed"))
                 self._end("this client is closed")
@@ -604,4 +607,4 @@ class Session:
             self._background.stop()
         self._driver.quiesce()
         self._background.join()
-        self.link.close()
+        self.link.close(linger_ms)

@@ -16,6 +16,9 @@ from .layout import Layout
 PROTOCOL_VERSION: Final = 1
 """Rises with every change to a message, to the description or to the order they come in."""
 
+TOKEN_BYTES: Final = 40
+"""A peer's number, 8 bytes, and a secret of 32."""
+
 MAX_FRAME_BYTES: Final = 64 * 1024
 """Largest frame a broker takes from anyone."""
 

@@ -270,10 +270,13 @@ class Background:
         if not self._called.is_set():
             self._called.set()
         if self._thread is None:
-            with self._starting:
-                if self._thread is None and not self._stopped:
-                    self._thread = threading.Thread(target=self._run, name="trtpool-client", daemon=True)
-                    self._thread.start()
+            self._start()
+
+    def _start(self) -> None:
+        with self._starting:
+            if self._thread is None and not self._stopped:
+                self._thread = threading.Thread(target=self._run, name="trtpool-client", daemon=True)
+                self._thread.start()
 
     def unwatch(self) -> None:
         """One that was `watched` is over; under the lock."""

@@ -119,9 +119,7 @@ def wait_ready(process: subprocess.Popen[str], console: Console) -> None:
                 return
     finally:
         watchdog.cancel()
-    raise StartFailed(
-        f"the pool ended with code {process.wait()} before it was ready; its own words are above"
-    )
+    raise StartFailed(f"the pool ended with code {process.wait()} before it was ready; its own words are above")
 
 
 def produce(pool_name: str, producer: int, jobs: Sequence[tuple[int, Path]], maps_file: Path) -> Produced:
@@ -218,9 +216,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pages", type=positive, default=24, help="different pages to make (default 24)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("demo.png"), help="picture to save (default demo.png)"
-    )
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="picture to save (default demo.png)")
     parser.add_argument("--producers", type=positive, default=2, help="producer processes (default 2)")
     parser.add_argument("--workers", type=positive, default=1, help="worker processes (default 1)")
     options = parser.parse_args(arguments)
@@ -256,9 +252,7 @@ def demo(options: argparse.Namespace, console: Console) -> bool:
         demo_pages.draw([(Image.open(paths[one.page]), one.regions) for one in drawn]).save(options.out)
         console.print(f"The lines found on the first {len(drawn)} pages are drawn in {options.out}.")
         compared = compare(model, paths, maps)
-    console.print(
-        f"onnxruntime called directly, a page at a time: {len(paths) / compared.seconds:.1f} pages/s."
-    )
+    console.print(f"onnxruntime called directly, a page at a time: {len(paths) / compared.seconds:.1f} pages/s.")
     if compared.differing:
         console.print(
             f"NOT EQUAL: {len(compared.differing)} of {len(paths)} maps differ from onnxruntime's, by up to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 
@@ -14,6 +15,8 @@ from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine
 from .loop import WorkerLoop
+
+log = logging.getLogger("trtpool.worker")
 
 
 def load(request: InspectRequest, cpus: int) -> Engine:
@@ -32,7 +35,7 @@ def main() -> int:
     try:
         loop = WorkerLoop(config, load, device="cpu")
     except TrtpoolError as error:
-        print(f"trtpool worker: {error}", file=sys.stderr)
+        log.error("%s", error)  # noqa: TRY400  # its text says it all
         return error.exit_code
     loop.run()
     loop.close()

@@ -186,9 +186,7 @@ class BoundMemory:
     def check(self, first: int, items: int) -> None:
         """Raise EngineError unless items `first` to ``first + items`` are in this memory."""
         if first < 0 or items < 1 or first + items > self.items:
-            raise EngineError(
-                f"items {first} to {first + items} are not within the {self.items} of the planes"
-            )
+            raise EngineError(f"items {first} to {first + items} are not within the {self.items} of the planes")
 
     def _bind(self, first: int, items: int) -> Any:
         full = len(self._bindings) >= MAX_BINDINGS
@@ -202,9 +200,7 @@ class BoundMemory:
     def _check_written(self, binding: Any, first: int) -> None:
         for (tensor, address), value in zip(self._outputs, binding.get_outputs(), strict=True):
             if value.data_ptr() != address + first * tensor.item_bytes:
-                raise EngineError(
-                    f"onnxruntime did not write output {tensor.name!r} to the memory bound for it"
-                )
+                raise EngineError(f"onnxruntime did not write output {tensor.name!r} to the memory bound for it")
 
 
 def _run_gathered(planes: BoundMemory, scratch: BoundMemory, spans: Sequence[tuple[int, int]]) -> Times:

@@ -43,9 +43,7 @@ def load(path: Path, threads: int) -> Any:
             if not file.read(1):
                 raise ModelError(f"{path} is empty; export or copy the model again")
     except OSError as error:
-        raise ModelError(
-            f"cannot read the model {path}: {error.strerror}; check path and permissions"
-        ) from error
+        raise ModelError(f"cannot read the model {path}: {error.strerror}; check path and permissions") from error
     try:
         ort = importlib.import_module("onnxruntime")
     except ImportError as error:
@@ -64,9 +62,7 @@ def load(path: Path, threads: int) -> Any:
         return ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         text = one_line(error)
-        raise ModelError(
-            f"onnxruntime {ort.__version__} cannot load {path}: {text}; {_load_remedy(text)}"
-        ) from error
+        raise ModelError(f"onnxruntime {ort.__version__} cannot load {path}: {text}; {_load_remedy(text)}") from error
 
 
 def _load_remedy(text: str) -> str:
@@ -112,9 +108,7 @@ class _Describer:
         arguments = self._session.get_inputs()
         if unknown := set(self._shapes) - {argument.name for argument in arguments}:
             names = ", ".join(argument.name for argument in arguments)
-            raise ModelError(
-                f"--shape names {', '.join(sorted(unknown))}, but the inputs of {self._file} are: {names}"
-            )
+            raise ModelError(f"--shape names {', '.join(sorted(unknown))}, but the inputs of {self._file} are: {names}")
         inputs = tuple(self._input(argument) for argument in arguments)
         spec = ModelSpec(name, os.fspath(self._path), inputs, self._outputs(inputs), self.limit)
         try:  # bounds are checked when a spec is decoded, elsewhere; here the file can be named
@@ -131,15 +125,11 @@ class _Describer:
             self._batch_names.add(dims[0])
         elif dims[0] is not None:
             if dims[0] != 1:
-                raise ModelError(
-                    f"{shown}: export the model with a dynamic first axis, for batches of any size"
-                )
+                raise ModelError(f"{shown}: export the model with a dynamic first axis, for batches of any size")
             self.limit = 1
         given = self._shapes.get(argument.name)
         if given is None and any(not isinstance(dim, int) for dim in dims[1:]):
-            example = "x".join(
-                str(dim if isinstance(dim, int) else 640 if len(dims) > 3 else 128) for dim in dims[1:]
-            )
+            example = "x".join(str(dim if isinstance(dim, int) else 640 if len(dims) > 3 else 128) for dim in dims[1:])
             raise ModelError(f"{shown}: give its item shape, for example --shape {argument.name}={example}")
         shape = dims[1:] if given is None else given
         if not _fits(shape, dims[1:]):
@@ -160,9 +150,7 @@ class _Describer:
             shapes = self._probe(inputs, declared, 1)
             # A second size shows axes that are as long as the batch by chance, and those that grow with it.
             if not self.limit and shapes != self._probe(inputs, declared, 2):
-                raise ModelError(
-                    f"item shapes of the outputs of {self._file} change with the batch; make them fixed"
-                )
+                raise ModelError(f"item shapes of the outputs of {self._file} change with the batch; make them fixed")
         return tuple(
             self._tensor(
                 argument.name,
@@ -179,9 +167,7 @@ class _Describer:
             return False
         return dims[0] == 1 if self.limit else dims[0] in self._batch_names
 
-    def _probe(
-        self, inputs: tuple[TensorSpec, ...], declared: list[Dims], items: int
-    ) -> list[tuple[Any, ...]]:
+    def _probe(self, inputs: tuple[TensorSpec, ...], declared: list[Dims], items: int) -> list[tuple[Any, ...]]:
         """Item shapes of the outputs, from a run on `items` items of zeros."""
         zeros = {tensor.name: np.zeros((items, *tensor.shape), tensor.numpy_dtype) for tensor in inputs}
         try:
@@ -198,9 +184,7 @@ class _Describer:
                 f"{value.shape} in a batch of {items}"
             )
             if value.shape[:1] != (items,):
-                raise ModelError(
-                    f"{shown}: its first axis must be the batch; change the model, or remove this output"
-                )
+                raise ModelError(f"{shown}: its first axis must be the batch; change the model, or remove this output")
             # onnxruntime shows the same, no axes, for a scalar and for an unknown rank.
             if dims and not _fits(value.shape, dims):
                 raise ModelError(f"{shown}: correct the declaration, which onnxruntime would hold it to")
@@ -219,9 +203,7 @@ class _Describer:
 
     def _tensor(self, name: str, dtype: str, shape: tuple[int, ...], shown: str) -> TensorSpec:
         if 0 in shape:
-            raise ModelError(
-                f"{shown}: an item of it is empty or has no fixed size; remove it, or make its size fixed"
-            )
+            raise ModelError(f"{shown}: an item of it is empty or has no fixed size; remove it, or make its size fixed")
         return TensorSpec(name, dtype, shape)
 
 
@@ -242,7 +224,5 @@ def one_line(error: Exception) -> str:
     text = " ".join(str(error).split()).rstrip(".")
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"Load model from \S+ failed:", "", text)
-    text = re.sub(
-        r"/\S+\.(?:cc|h):\d+ [^()]*\([^()]*\) (?:.*? was false\. )?", "", text
-    )  # where it was raised
+    text = re.sub(r"/\S+\.(?:cc|h):\d+ [^()]*\([^()]*\) (?:.*? was false\. )?", "", text)  # where it was raised
     return text if len(text) <= ERROR_CHARACTERS else text[:ERROR_CHARACTERS] + "..."

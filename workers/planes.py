@@ -19,9 +19,7 @@ def check_planes(spec: ModelSpec, inputs: Planes, outputs: Planes) -> int:
     leading: tuple[int, ...] | None = None
     for role, tensors, planes in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
         if {tensor.name for tensor in tensors} != set(planes):
-            raise ValueError(
-                f"planes for the {role}s {[t.name for t in tensors]} are needed, got {[*planes]}"
-            )
+            raise ValueError(f"planes for the {role}s {[t.name for t in tensors]} are needed, got {[*planes]}")
         for tensor in tensors:
             plane = planes[tensor.name]
             leading = leading or plane.shape[:2]

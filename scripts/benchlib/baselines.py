@@ -164,15 +164,11 @@ def _planes(memory: SharedMemory, setup: Setup) -> tuple[Array, Array]:
     """Inputs ``(slots, count, *shape)`` and, behind them, outputs ``(slots, count, outputs)``."""
     slots, count = setup.slots, setup.count
     inputs: Array = np.ndarray((slots, count, *setup.workload.shape), np.float32, memory.buf)
-    outputs: Array = np.ndarray(
-        (slots, count, setup.workload.outputs), np.float32, memory.buf, offset=inputs.nbytes
-    )
+    outputs: Array = np.ndarray((slots, count, setup.workload.outputs), np.float32, memory.buf, offset=inputs.nbytes)
     return inputs, outputs
 
 
-def _ring_worker(
-    setup: Setup, memory: SharedMemory, work: SimpleQueue[Slot], done: list[SimpleQueue[int]]
-) -> None:
+def _ring_worker(setup: Setup, memory: SharedMemory, work: SimpleQueue[Slot], done: list[SimpleQueue[int]]) -> None:
     end_with_parent()
     inputs, outputs = _planes(memory, setup)
     compute = setup.load()
@@ -224,9 +220,7 @@ def ring(setup: Setup) -> Iterator[Started]:
     worker = CONTEXT.Process(target=_ring_worker, args=(setup, memory, work, done))
     worker.start()
     try:
-        yield Started(
-            [partial(_ring_connect, setup, i, memory, work, done[i]) for i in range(setup.producers)]
-        )
+        yield Started([partial(_ring_connect, setup, i, memory, work, done[i]) for i in range(setup.producers)])
     finally:
         end(worker)
         memory.close()

@@ -155,7 +155,7 @@ def _produce(connect: Callable[[], Runner], barrier: Barrier, control: Connectio
                 control.send(Turn(started_s, time.monotonic(), report))
     except EOFError:
         return
-    except Exception:
+    except Exception:  # noqa: BLE001  # whatever it is, the parent is to know
         with contextlib.suppress(OSError):
             control.send(traceback.format_exc())
 
@@ -199,7 +199,9 @@ class Crew:
                 process.join(1)
                 raise RuntimeError(f"producer {process.pid} ended with {process.exitcode}") from None
             if isinstance(answer, str):
-                raise RuntimeError(f"producer {process.pid} failed:\n{answer}")
+                raise RuntimeError(  # noqa: TRY004  # it is a traceback
+                    f"producer {process.pid} failed:\n{answer}"
+                )
             answers.append(answer)
         return answers
 

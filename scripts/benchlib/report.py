@@ -73,9 +73,7 @@ def as_dict(table: Table) -> dict[str, Any]:
                 "cpu_s_per_1000": _cpu_s_per_1000(series),
                 "items_per_batch": series.items_per_batch,
                 "runs_per_batch": series.runs_per_batch,
-                "pool_is_times_better": {
-                    pool.name: ratios(table, pool, series) for pool in pools if not series.pool
-                },
+                "pool_is_times_better": {pool.name: ratios(table, pool, series) for pool in pools if not series.pool},
             }
             for series in table.series
         ],
@@ -102,9 +100,7 @@ def show(console: Console, table: Table) -> None:
             f"{_cpu_s_per_1000(series):.3g}",
         ]  # fmt: skip
         if counted:
-            cells += [
-                "" if n is None else f"{n:.2f}" for n in (series.items_per_batch, series.runs_per_batch)
-            ]
+            cells += ["" if n is None else f"{n:.2f}" for n in (series.items_per_batch, series.runs_per_batch)]
         cells += ["" if series.pool else _ratio(ratios(table, pool, series)) for pool in pools]
         grid.add_row(*cells, style="bold" if series.pool else None)
     console.print(grid)

@@ -99,9 +99,7 @@ def check(got: Array, expected: npt.NDArray[np.float64]) -> None:
     One item's result is compared as floats: that costs a tenth of what NumPy does for so few.
     """
     if expected.shape[0] == 1:
-        right = all(
-            abs(a - b) < TOLERANCE for a, b in zip(got.ravel().tolist(), expected[0].tolist(), strict=True)
-        )
+        right = all(abs(a - b) < TOLERANCE for a, b in zip(got.ravel().tolist(), expected[0].tolist(), strict=True))
     else:
         right = bool(np.abs(got.reshape(expected.shape) - expected).max() < TOLERANCE)
     if not right:

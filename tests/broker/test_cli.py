@@ -15,7 +15,7 @@ import pytest
 
 import trtpool
 from trtpool.broker import cli, supervisor
-from trtpool.ipc import errors
+from trtpool.ipc import errors, rundir
 from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
 from trtpool.ipc.settings import ModelSource, PoolSettings
@@ -29,7 +29,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs ``trtpool WORDS`` in this process; returns the exit code."""
 
     def call(*words: str | os.PathLike[str]) -> int:
-        monkeypatch.setattr(sys, "argv", ["trtpool", *map(os.fspath, words)])
+        monkeypatch.setattr(sys, "argv", ["trtpool", *(os.fspath(word) for word in words)])
         with pytest.raises(SystemExit) as raised:
             cli.main()
         return int(raised.value.code or 0)
@@ -275,7 +275,7 @@ def test_stop_says_what_has_ended(run, monkeypatch, capsys, tmp_path):
         asked.append((path, timeout_s))
         return timeout_s > 1
 
-    monkeypatch.setattr(cli.rundir, "stop", stop)
+    monkeypatch.setattr(rundir, "stop", stop)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.delenv("TRTPOOL_RUN_DIR", raising=False)
     assert run("stop", "--name=ocr") == 0

@@ -5,27 +5,37 @@ from __future__ import annotations
 import pytest
 
 from trtpool.broker import doorman
-from trtpool.broker.doorman import SECRET_BYTES, TOKEN_BYTES, Doorman
+from trtpool.broker.doorman import SECRET_BYTES, Doorman
+from trtpool.ipc.messages import Hello
+from trtpool.ipc.settings import PROTOCOL_VERSION, TOKEN_BYTES
+
+
+def hello(token: bytes, version: int = PROTOCOL_VERSION) -> Hello:
+    return Hello(version, token)
 
 
 def test_a_token_binds_an_identity_once():
     door = Doorman()
     token = door.issue(7)
     assert len(token) == TOKEN_BYTES
-    assert door.peer_of(b"a") is door.identity_of(7) is None
-    assert door.bind(b"a", token) == 7
+    assert (door.peer_of(b"a"), door.identity_of(7)) == (None, None)
+    assert door.bind(b"a", hello(token)) == 7
     assert (door.peer_of(b"a"), door.identity_of(7)) == (7, b"a")
-    assert door.bind(b"b", token) is None  # it is used
-    assert door.bind(b"a", door.issue(8)) is None  # it is somebody already
+    assert door.bind(b"b", hello(token)) is None  # it is used
+    assert door.bind(b"a", hello(door.issue(8))) is None  # it is somebody already
     assert (door.peer_of(b"a"), door.identity_of(8)) == (7, None)
 
 
-def test_a_refused_identity_does_not_use_a_token_up():
+def test_a_token_lets_its_peer_in_once_over_its_lifeline():
     door = Doorman()
-    assert door.bind(b"a", door.issue(1)) == 1
-    token = door.issue(2)
-    assert door.bind(b"a", token) is None
-    assert door.bind(b"b", token) == 2
+    token, other = door.issue(7), door.issue(8)
+    assert not door.redeem(7, hello(other))
+    assert not door.redeem(8, hello(token))
+    assert not door.redeem(7, hello(token, PROTOCOL_VERSION + 1))
+    assert door.redeem(7, hello(token))
+    assert not door.redeem(7, hello(token))
+    assert door.bind(b"a", hello(token)) is None  # nor as an identity
+    assert door.identity_of(7) is None
 
 
 @pytest.mark.parametrize(
@@ -45,9 +55,9 @@ def test_a_refused_identity_does_not_use_a_token_up():
 def test_a_forged_token_is_refused_and_the_true_one_stays_good(forge):
     door = Doorman()
     token, _ = door.issue(1), door.issue(2)
-    assert door.bind(b"a", forge(token)) is None
+    assert door.bind(b"a", hello(forge(token))) is None
     assert door.peer_of(b"a") is None
-    assert door.bind(b"a", token) == 1
+    assert door.bind(b"a", hello(token)) == 1
 
 
 def test_tokens_differ():
@@ -55,20 +65,20 @@ def test_tokens_differ():
     assert len({door.issue(1)[8:] for _ in range(100)}) == 100
     # Only the last one that was issued to a peer is good.
     first, last = door.issue(1), door.issue(1)
-    assert door.bind(b"a", first) is None
-    assert door.bind(b"a", last) == 1
+    assert door.bind(b"a", hello(first)) is None
+    assert door.bind(b"a", hello(last)) == 1
 
 
 def test_who_is_forgotten_is_a_stranger():
     door = Doorman()
     waiting, bound = door.issue(1), door.issue(2)
-    door.bind(b"b", bound)
+    door.bind(b"b", hello(bound))
     door.forget(1)
     door.forget(2)
     door.forget(3)  # was never there
-    assert door.bind(b"a", waiting) is None
-    assert door.peer_of(b"b") is door.identity_of(2) is None
-    assert door.bind(b"b", door.issue(4)) == 4  # the identity may come again, as another
+    assert door.bind(b"a", hello(waiting)) is None
+    assert (door.peer_of(b"b"), door.identity_of(2)) == (None, None)
+    assert door.bind(b"b", hello(door.issue(4))) == 4  # the identity may come again, as another
 
 
 def test_a_stranger_is_answered_once(monkeypatch):

@@ -14,7 +14,6 @@ import pytest
 
 import trtpool
 from tests.models import FIXED_BATCH_ONE, MODELS, save
-from trtpool.broker import planning
 from trtpool.broker.planning import child_environment, error_of, inspect, lay_out, requests
 from trtpool.ipc import errors
 from trtpool.ipc.settings import EngineSettings, InspectRequest, ModelSource, PoolSettings, Refusal
@@ -163,7 +162,7 @@ def test_who_stops_waiting_leaves_no_child(tmp_path, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(planning.subprocess, "Popen", Watched)
+    monkeypatch.setattr(subprocess, "Popen", Watched)
     with pytest.raises(KeyboardInterrupt):
         inspect([wanted(tmp_path / "a.onnx"), wanted(tmp_path / "b.onnx")], impatient)
     assert [child.returncode for child in children] == [-9, -9]

@@ -11,10 +11,17 @@ import pytest
 
 from tests.ipc.fake_pool import FakePool
 from trtpool.ipc.client import Client
+from trtpool.ipc.settings import DEFAULT_TRANSPORT
 
 
 @pytest.fixture
-def make_pool(tmp_path: Path) -> Iterator[Callable[..., FakePool]]:
+def transport() -> str:
+    """What clients talk over; modules to which it may matter have one of their own, with all there are."""
+    return DEFAULT_TRANSPORT
+
+
+@pytest.fixture
+def make_pool(tmp_path: Path, transport: str) -> Iterator[Callable[..., FakePool]]:
     """Makes pools, which end with the test; takes what `FakePool` does."""
     with ExitStack() as stack:
         made = 0
@@ -24,7 +31,7 @@ def make_pool(tmp_path: Path) -> Iterator[Callable[..., FakePool]]:
             made += 1
             run_dir = tmp_path / str(made)
             run_dir.mkdir()
-            return stack.enter_context(FakePool(run_dir, *models, **options))
+            return stack.enter_context(FakePool(run_dir, *models, transport=transport, **options))
 
         yield make
 

@@ -1,4 +1,4 @@
-"""A pool inside the test's process: the real broker loop in one thread, and in another a worker that computes with NumPy.
+"""A pool inside the test's process: the real broker loop in one thread, a worker that computes with NumPy in another.
 
 No process is started, so a pool takes milliseconds.  The worker can be held, which makes every order of events
 reproducible, and at the end the core's invariants are checked, and that no client broke the protocol.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -29,7 +29,7 @@ from trtpool.ipc.client import Client
 from trtpool.ipc.layout import Layout, ModelPlan, plan, plane_array
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.report import ModelReport
-from trtpool.ipc.settings import BrokerConfig
+from trtpool.ipc.settings import DEFAULT_TRANSPORT, BrokerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 NET_S: Final = 60.0
@@ -75,6 +75,7 @@ class FakePool:
         models: any of `MODEL` and `SUM`.
         slots, items_per_slot, max_batch: of each model.
         cap: slots that a client may hold; 0 is the default of a real pool.
+        transport: what clients talk over; see `trtpool.connect`.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class FakePool:
         items_per_slot: int = 1,
         max_batch: int = 4,
         cap: int = 0,
+        transport: str = DEFAULT_TRANSPORT,
     ) -> None:
+        self.transport = transport
         self.run_dir = run_dir
         self.slots = slots
         self.layout: Layout = plan([ModelPlan(spec, slots, items_per_slot, max_batch) for spec in models or (MODEL,)])
@@ -121,7 +124,7 @@ class FakePool:
 
     def connect(self) -> Client:
         """A client, which is closed at the end if the test does not."""
-        client = Client(self.run_dir)
+        client = Client(self.run_dir, self.transport)
         self.clients.append(client)
         return client
 
@@ -205,7 +208,7 @@ class FakePool:
             loop.run()
         except SystemExit:  # the control socket ended
             self._end_abruptly()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised by `__exit__`
             self._broke.append(error)
             self._end_abruptly()
         finally:
@@ -238,7 +241,7 @@ class FakePool:
             segment = map_segment(fd, description.layout.segment_bytes)
             os.close(fd)
             planes = [
-                tuple({p.spec.name: plane_array(segment, model, p) for p in side} for side in (model.inputs, model.outputs))
+                [{p.spec.name: plane_array(segment, model, p) for p in side} for side in (model.inputs, model.outputs)]
                 for model in self.layout.models
             ]
             pipe = Pipe(sock)
@@ -253,7 +256,7 @@ class FakePool:
                 messages = pipe.receive()
         except ConnectionError:
             pass  # the broker was killed
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  # raised by `__exit__`
             self._broke.append(error)
         finally:
             sock.close()
@@ -277,6 +280,42 @@ class FakePool:
                 return m.Failed(run.batch, run.attempt, "a bad item")
             answer(given, out)
         return m.Finished(run.batch, run.attempt, 1, 2, 3, 0)
+
+
+class Threads:
+    """Runs calls in threads; `join` raises what any of them raised."""
+
+    def __init__(self, *calls: Callable[[], object]) -> None:
+        self.answers: list[Any] = [None] * len(calls)
+        self._errors: list[BaseException] = []
+
+        def run(index: int, call: Callable[[], object]) -> None:
+            try:
+                self.answers[index] = call()
+            except BaseException as error:  # noqa: BLE001  # raised by `join`
+                self._errors.append(error)
+
+        self._threads = [threading.Thread(target=run, args=each) for each in enumerate(calls)]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self) -> list[Any]:
+        for thread in self._threads:
+            thread.join(NET_S)
+            assert not thread.is_alive(), "threads wait for each other"
+        if self._errors:
+            raise self._errors[0]
+        return self.answers
+
+
+def in_turn(*calls: Callable[..., object]) -> Callable[..., None]:
+    """One callable, which makes all `calls` with what it is given."""
+
+    def call_all(*given: Any) -> None:
+        for call in calls:
+            call(*given)
+
+    return call_all
 
 
 def figures(client: Client, model: int = 0) -> ModelReport:

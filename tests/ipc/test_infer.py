@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.ipc.fake_pool import BAD, MODEL, NET_S, SUM, figures, until
+from tests.ipc.fake_pool import BAD, MODEL, NET_S, SUM, Threads, figures, until
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import EngineFailed, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed
 from trtpool.ipc.handles import Lease
@@ -169,24 +170,13 @@ def test_several_batches_are_in_flight(pool, client):
 
 
 def test_threads_and_clients_at_once(pool):
-    errors: list[BaseException] = []
-
     def work(client: Client, number: int) -> None:
-        try:
-            for count in (1, 40, 3, 17):
-                x = np.full((count, 4), number, np.float32)
-                np.testing.assert_array_equal(client.infer(x=x, timeout_s=NET_S)["y"], -x)
-        except BaseException as error:
-            errors.append(error)
+        for count in (1, 40, 3, 17):
+            x = np.full((count, 4), number, np.float32)
+            np.testing.assert_array_equal(client.infer(x=x, timeout_s=NET_S)["y"], -x)
 
     clients = [pool.connect() for _ in range(3)]
-    threads = [threading.Thread(target=work, args=(client, n)) for n, client in enumerate(clients * 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(NET_S)
-        assert not thread.is_alive(), "they block each other"
-    assert not errors
+    Threads(*(partial(work, client, n) for n, client in enumerate(clients * 3))).join()
     pool.wait_all_free()
 
 

@@ -70,7 +70,7 @@ class Rig:
         def work() -> None:
             try:
                 answers.append(self.driver.wait(target, timeout_s))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  # an answer too
                 answers.append(error)
 
         thread = threading.Thread(target=work)
@@ -246,7 +246,7 @@ def test_others_are_served_while_afterwork_takes_long(rig):
     rig.lead(first)
     followed = rig.follow(second)
     started = threading.Event()
-    rig.afterwork.append(lambda: (started.set(), go_on.wait(NET_S)))
+    rig.afterwork.extend([started.set, lambda: go_on.wait(NET_S)])
     rig.link.wake()  # the leader looks, and finds it
     assert started.wait(NET_S)
     assert rig.link.inside.acquire(timeout=NET_S)

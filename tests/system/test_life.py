@@ -29,18 +29,23 @@ from tests.system.rig import (
 
 
 def test_a_drain_finishes_what_is_in_flight_and_grants_nothing_more(negate, run_dir):
-    with StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8) as pool, pool.connect() as client:
+    with (
+        StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8) as pool,
+        pool.connect() as client,
+        pool.connect("zmq") as other,
+    ):
         unsubmitted = client.lease()
-        with pool.stopped_worker(), pool.connect() as waiting:
-            work = hold(client, [1, 2, 3, 4])
+        with pool.stopped_worker():
+            work = [*hold(client, [1, 2, 3]), submit(other, 4)]
+            wait_until(lambda: figures(client).leased == 1)
             pool.kill(signal.SIGTERM)
             wait_until(lambda: client.status().draining, "draining")
-            with pytest.raises(trtpool.PoolClosed, match="is stopping and grants no more slots"):
-                client.lease()
-            with pytest.raises(trtpool.PoolClosed, match="is stopping"):
-                waiting.infer(x=ones())
+            for one in (client, other):
+                with pytest.raises(trtpool.PoolClosed, match="is stopping and grants no more slots"):
+                    one.infer(x=ones())
             unsubmitted.inputs["x"][...] = 5  # a lease that is held already may still be submitted
             work.append(unsubmitted.submit())
+            wait_until(lambda: figures(client).leased == 0)
         assert [answer(one) for one in work] == [-1, -2, -3, -4, -5]
         pool.succeed()
         with pytest.raises(trtpool.PoolClosed, match="was stopped"):
@@ -134,7 +139,7 @@ def test_the_work_of_a_killed_worker_is_done_by_the_next(pool, client):
         os.kill(worker, signal.SIGKILL)
         assert [answer(one) for one in work] == [-1, -2, -3, -4, -5, -6]
     assert pool.worker != worker
-    assert figures(client).retries == retries + 2
+    assert figures(client).retries > retries
     pool.wait_for_line("worker 0 ended: SIGKILL", 2)
 
 
@@ -147,7 +152,7 @@ def test_a_worker_is_started_until_it_can_load(negate, run_dir, worker_does, tmp
             cannot.touch()
             os.kill(worker, signal.SIGKILL)
             pool.wait_for_line("worker 0 ended: SIGKILL", 2)
-            pool.wait_for_line("trtpool worker: no disk", 2)
+            pool.wait_for_line("no disk", 2)
             pool.wait_for_line("worker 0 ended: exit code 4; another is started", 2)
             assert figures(client).running == 0
             cannot.unlink()
@@ -222,11 +227,11 @@ def test_a_deadline_counts_only_in_the_queue(pool, client):
     with pool.stopped_worker():
         running = hold(client, [1, 2])
         late = [submit(client, value, deadline_s=0.01) for value in (3, 4)]
-        patient = submit(client, 5, deadline_s=1000)
         for one in late:  # while the worker stands still
             with pytest.raises(trtpool.DeadlineExceeded, match="ms in the queue"):
                 one.result(timeout_s=60)
             one.release()
+        patient = submit(client, 5, deadline_s=1000)
         cancelled = submit(client, 6)
         assert not cancelled.cancel()
         with pytest.raises(trtpool.Cancelled):

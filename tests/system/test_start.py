@@ -121,7 +121,7 @@ WRONG = {
     "shape nonsense": Wrong(2, lambda d: _model(d, "--shape=x=3xa"), "is not NAME=3x640x640"),
     "shape of nothing": Wrong(2, lambda d: _model(d, "--shape=x=3x0"), "is not NAME=3x640x640"),
     "too large": Wrong(5, lambda d: _model(d, "--slots=16777216", text=LARGE), "lower --slots"),
-    "open run directory": Wrong(6, lambda d: _at(d, lambda p: (p.mkdir(), p.chmod(0o755))), "run: chmod 700"),
+    "open run directory": Wrong(6, lambda d: _at(d, lambda p: p.mkdir(mode=0o755)), "run: chmod 700"),
     "linked run directory": Wrong(6, lambda d: _at(d, lambda p: p.symlink_to(d)), "name the directory itself"),
     "run directory is a file": Wrong(6, lambda d: _at(d, lambda p: p.write_text("")), "choose another with --run-dir"),
     "nowhere to be": Wrong(6, lambda d: _model(d, f"--run-dir={d}/no/where"), "No such file or directory; choose"),
@@ -172,7 +172,8 @@ def test_a_worker_that_cannot_load_fails_the_start(negate, run_dir, worker_does)
     result = cli("start", negate, f"--run-dir={run_dir}", "--workers=2", **env)
     assert (result.returncode, result.stdout) == (15, "")
     *said, last = result.stderr.splitlines()
-    assert set(said) == {"trtpool worker: the disk is gone; mend it"}
+    assert said
+    assert all(line.endswith("the disk is gone; mend it") for line in said)
     assert last.endswith("did not become ready: exit code 4; what it said is above")
     assert not run_dir.exists()
 
