@@ -46,7 +46,12 @@ SEND_AHEAD_NS: Final = 500_000
 that waits for the broker loses about 50 us, which a batch that grows meanwhile makes up for if it is short."""
 
 SURPLUS: Final = 4
-"""`again` is granted while a quarter (1 / SURPLUS) of the slots stays free, so idle clients can never hold all."""
+"""`again` is granted while a quarter (1 / SURPLUS) of the slots stays free.
+
+An idle client may hold what it was granted in advance, and may not have said yet that it released as much, for
+as long as it lives.  So all that is granted in advance, counted twice, is never more than a producer's cap leaves over:
+whoever asks for slots gets them in the end.
+"""
 
 
 PRUNE_TIMERS: Final = 1024
@@ -354,6 +359,9 @@ class Core:
         segment = model.layout.segment
         for first, length in runs:
             lease = LeaseRecord(self._next_lease, producer, model, first, length)
+            if not request:
+                lease.spare = True
+                model.spares += length
             self._next_lease += 1
             producer.leases[lease.id] = lease
             leases.append((lease.id, m.SlotRun(segment, first, length)))
@@ -382,10 +390,17 @@ class Core:
         """Give slots back to the ring; their states are FREE already."""
         model = lease.model
         model.ring.give_back(lease.first + at, count)
+        self._use_spare(lease)
         lease.producer.held[model.index] -= count
         lease.live -= count
         if not lease.live:
             del lease.producer.leases[lease.id]
+
+    @staticmethod
+    def _use_spare(lease: LeaseRecord) -> None:
+        if lease.spare:
+            lease.spare = False
+            lease.model.spares -= lease.count
 
     # ------------------------------------------------------------------ work
 
@@ -404,6 +419,7 @@ class Core:
             raise _Refused(m.BAD_MESSAGE, f"again {message.again} is above the cap of {model.cap}")
         move(lease.states, SlotEvent.SUBMIT, message.first, count)
         lease.seq = message.seq
+        self._use_spare(lease)
         deadline = 0 if message.deadline_ns is None else self.now_ns + max(1, message.deadline_ns)
         work = Work(lease, message.first, count, items, message.seq, self.now_ns, deadline, message.again)
         model.queue.add(work)
@@ -441,6 +457,7 @@ class Core:
             and not self.draining
             and not producer.closed
             and model.ring.free - count >= model.layout.slots // SURPLUS
+            and 2 * (model.spares + count) <= model.layout.slots - model.cap
             and self._may_hold(producer, model, count)
         ):
             self._grant(producer, model, 0, count)

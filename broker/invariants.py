@@ -34,6 +34,10 @@ def validate(core: Core) -> None:
             assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
     for model in core.models:
         model.ring.validate(taken[model.index])
+        leases = [one for producer in core.producers.values() for one in producer.leases.values()]
+        spares = sum(one.count for one in leases if one.spare and one.model is model)
+        assert model.spares == spares, "spares were miscounted"
+        assert 2 * spares <= max(0, model.layout.slots - model.cap), "idle clients could starve others"
         queued = list(model.queue) + [work for suspect in model.suspects for work in suspect.works]
         _validate_works(core, model, queued, State.QUEUED)
         assert model.queue.items == sum(work.items for work in model.queue), "the queue lost count of items"

@@ -18,9 +18,16 @@ from .slots import Ring
 
 
 class LeaseRecord:
-    """A producer's right to a run of slots. `states` has one `State` a slot; FREE: released already."""
+    """A producer's right to a run of slots.
 
-    __slots__ = ("count", "first", "id", "live", "model", "orphaned", "producer", "seq", "states")
+    Attributes:
+        states: one `State` a slot; FREE: released already.
+        live: slots that were not released.
+        spare: it was granted in advance, and nothing was done with it yet.
+        orphaned: its producer's process has ended.
+    """
+
+    __slots__ = ("count", "first", "id", "live", "model", "orphaned", "producer", "seq", "spare", "states")
 
     def __init__(self, lease_id: int, producer: Producer, model: Model, first: int, count: int) -> None:
         self.id = lease_id
@@ -30,6 +37,7 @@ class LeaseRecord:
         self.count = count
         self.live = count
         self.seq = -1
+        self.spare = False
         self.orphaned = False
         self.states = bytearray(b"\x01" * count)
 
@@ -118,8 +126,8 @@ class Model:
     """One model's slots and everything that waits for it."""
 
     __slots__ = (
-        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "run_ns", "suspects",
-        "totals", "waiting",
+        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "run_ns", "spares",
+        "suspects", "totals", "waiting",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
@@ -133,6 +141,7 @@ class Model:
         self.suspects: deque[Suspect] = deque()
         self.waiting: deque[Request] = deque()
         self.hold_until_ns = 0
+        self.spares = 0  # slots that were granted in advance, and that nothing was done with yet
         self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
 

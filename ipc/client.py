@@ -196,7 +196,7 @@ class Client:
         return PoolHandle(self.run_dir)
 
     def close(self) -> None:
-        """Give back what can be and disconnect.  Slots that arrays still view stay taken until this process ends."""
+        """Disconnect.  Slots that were not released by now, or that arrays still view, come free when this process ends."""
         if self._session is not None:
             self._session.close()
 

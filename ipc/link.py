@@ -108,6 +108,8 @@ class Link:
                 frame = self._lifeline.recv(FRAME_BYTES)
             except BlockingIOError:
                 break
+            except ConnectionResetError:
+                continue  # it closed with something of ours unread, which is told once, before what it sent last
             except OSError:
                 frame = b""
             if frame:

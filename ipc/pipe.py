@@ -45,8 +45,8 @@ class Pipe:
         """
         try:
             frame = self._sock.recv(FRAME_BYTES)
-        except ConnectionResetError:
-            return []
+        except ConnectionResetError:  # it closed with something of ours unread: told once, before what it sent last
+            frame = self._sock.recv(FRAME_BYTES)
         return m.decode_from_broker(frame) if frame else []
 
     def close(self) -> None:

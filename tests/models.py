@@ -77,9 +77,7 @@ MANY_DTYPES = (
     + "}"
 )
 FIXED_BATCH_ONE = "one (float[1,4] x) => (float[1,4] y) { y = Neg(x) }"
-OPEN_ITEM = (
-    "open (float[N,3,H,W] x) => (float[N,H,W] y) <int64[1] axis = {1}> { y = ReduceSum<keepdims=0>(x, axis) }"
-)
+OPEN_ITEM = "open (float[N,3,H,W] x) => (float[N,H,W] y) <int64[1] axis = {1}> { y = ReduceSum<keepdims=0>(x, axis) }"
 UNNAMED = "unnamed (float[?,4] x) => (float[?,?] y) { y = Concat<axis=1>(x, x) }"
 # An output whose first axis has a name of its own: only a run can tell that it is the batch.
 RENAMED = "renamed (float[N,4] x) => (float[M,2,2] y) <int64[3] s = {-1, 2, 2}> { y = Reshape(x, s) }"

@@ -119,9 +119,7 @@ def test_lines_come_top_first_and_touching_ones_are_one() -> None:
     assert [round(region.score, 2) for region in regions] == [0.7, 0.8]
 
 
-@pytest.mark.parametrize(
-    ("value", "rows"), [(0.45, 20), (0.9, 2), (0.0, 20)], ids=["faint", "thin", "nothing there"]
-)
+@pytest.mark.parametrize(("value", "rows"), [(0.45, 20), (0.9, 2), (0.0, 20)], ids=["faint", "thin", "nothing there"])
 def test_what_is_no_line_is_not_found(value: float, rows: int) -> None:
     probability = np.zeros((HEIGHT, WIDTH), np.float32)
     probability[100 : 100 + rows, 50:300] = value
@@ -168,9 +166,7 @@ def grey_model(tmp_path: Path) -> Path:
     mean = onnx.helper.make_node("ReduceMean", ["x"], ["y"], axes=[1], keepdims=1)
     graph = onnx.helper.make_graph([mean], "grey", [x], [y])
     path = tmp_path / "grey.onnx"
-    onnx.save(
-        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path
-    )
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8), path)
     return path
 
 
@@ -227,9 +223,7 @@ def test_a_pool_that_ends_badly_does_not_hide_the_first_error() -> None:
 # As a whole
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--pages", "0"], ["--out", "no/such/folder.png"], ["--out", "picture.nothing"]]
-)
+@pytest.mark.parametrize("arguments", [["--pages", "0"], ["--out", "no/such/folder.png"], ["--out", "picture.nothing"]])
 def test_a_wrong_option_is_refused_before_anything_starts(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,9 +34,7 @@ def sent(actions: Iterable[e.Action], kind: type[M], peer: int | None = None) ->
     return [
         action.message
         for action in actions
-        if isinstance(action, e.Send)
-        and isinstance(action.message, kind)
-        and (peer is None or action.peer == peer)
+        if isinstance(action, e.Send) and isinstance(action.message, kind) and (peer is None or action.peer == peer)
     ]
 
 

@@ -94,6 +94,7 @@ def test_rows_are_as_few_as_they_can_be(load):
     rows = rows_of(batch, items_per_slot, segment=0)
     assert [slot for row in rows for slot in range(row.first, row.first + row.count)] == slots_of(batch)
     assert sum(row.items for row in rows) == sum(work.items for work in batch)
+
     # What lies in a slot is told by full slots before the last: each slot's items are the same in rows as in works.
     def items_by_slot(parts):
         return {

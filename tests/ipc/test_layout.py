@@ -18,6 +18,7 @@ from trtpool.ipc.tensors import DTYPES, ModelSpec, TensorSpec
 def plans(draw: st.DrawFn) -> list[ModelPlan]:
     found = []
     for index in range(draw(st.integers(1, 3))):
+
         def tensors(prefix: str) -> tuple[TensorSpec, ...]:
             return tuple(
                 TensorSpec(
@@ -57,9 +58,7 @@ def test_planes_lie_on_pages_of_their_own_with_nothing_wasted(models):
 def test_every_byte_of_a_plane_is_its_own_and_a_run_of_slots_is_dense(models):
     layout = plan(models)
     segment = mmap.mmap(-1, layout.segment_bytes)
-    planes = [
-        plane_array(segment, model, plane) for model in layout.models for plane in model.inputs + model.outputs
-    ]
+    planes = [plane_array(segment, model, plane) for model in layout.models for plane in model.inputs + model.outputs]
     for number, array in enumerate(planes):
         array.view(np.uint8)[...] = number + 1
     for number, array in enumerate(planes):

@@ -114,6 +114,7 @@ def test_what_does_not_fit_a_packet_is_not_sent(pair):
 def test_sending_never_waits(pair):
     """A peer that takes nothing in is an error, and not a wait."""
     broker, _ = pair
+
     def fill():
         for _ in range(10_000):
             send_packet(broker, Denial("x" * 1000))

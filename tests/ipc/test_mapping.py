@@ -40,7 +40,7 @@ def test_every_item_has_its_result(client, count, window, ordered):
     if not ordered:
         seen.sort()
     assert seen == list(range(count))
-    assert figures(client).free == 16
+    until(client, lambda now: now.free == 16)  # a run that was asked for and not needed comes, and goes back
 
 
 def test_items_may_be_anything_that_can_be_iterated(client):

@@ -44,9 +44,7 @@ FIELDS = {
 
 
 def any_of(kinds: tuple[type[m._Message], ...]) -> st.SearchStrategy[m._Message]:
-    return st.one_of(
-        *(st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__}) for kind in kinds)
-    )
+    return st.one_of(*(st.builds(kind, **{name: FIELDS[name] for name in kind.__struct_fields__}) for kind in kinds))
 
 
 def refused(decode: typing.Callable[[bytes], object], frame: bytes) -> str:

@@ -240,7 +240,7 @@ def producer(pool: StartedPool, code: str, *arguments: object, transport: str = 
         import trtpool
 
         def wait(word):
-            print(word, flush=True)
+            os.write(1, (word + os.linesep).encode())  # in one piece, beside what a forked child writes
             sys.stdin.readline()
 
         run_dir = sys.argv[1]

@@ -55,7 +55,5 @@ class NumpyEngine:
 
 def negate() -> NumpyEngine:
     """``y = -x`` for float32 items of shape (3,)."""
-    spec = ModelSpec(
-        "negate", "/nowhere", (TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),)
-    )
+    spec = ModelSpec("negate", "/nowhere", (TensorSpec("x", "float32", (3,)),), (TensorSpec("y", "float32", (3,)),))
     return NumpyEngine(spec, lambda given: {"y": -given["x"]})

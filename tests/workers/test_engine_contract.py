@@ -83,9 +83,7 @@ def planes(tensors: Sequence[TensorSpec], slots: int, items_per_slot: int) -> di
 class Bench:
     """An engine bound to planes of random inputs and poisoned outputs."""
 
-    def __init__(
-        self, engine: Engine, answer: Answer, slots: int, items_per_slot: int, max_batch: int
-    ) -> None:
+    def __init__(self, engine: Engine, answer: Answer, slots: int, items_per_slot: int, max_batch: int) -> None:
         self.engine = engine
         self.answer = answer
         self.items_per_slot = items_per_slot
