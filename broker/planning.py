@@ -87,6 +87,7 @@ def inspect(
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=child_environment(),
+                cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
                 start_new_session=True,
             )
             children.append(child)

@@ -155,6 +155,7 @@ def _start(settings: PoolSettings) -> subprocess.Popen[bytes]:
                 stdout=2,
                 pass_fds=[write_fd],
                 env=child_environment(),
+                cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
                 start_new_session=True,
             )
         finally:

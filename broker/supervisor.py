@@ -180,6 +180,7 @@ class Supervisor:
             stdout=2,
             pass_fds=fds,
             env=child_environment(),
+            cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
             start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain
         )
         pidfd = os.pidfd_open(child.pid)

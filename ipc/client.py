@@ -196,7 +196,10 @@ class Client:
         return PoolHandle(self.run_dir)
 
     def close(self) -> None:
-        """Disconnect.  Slots that were not released by now, or that arrays still view, come free when this process ends."""
+        """Disconnect.
+
+        Slots that were not released by now, or that arrays still view, come free when this process ends.
+        """
         if self._session is not None:
             self._session.close()
 

@@ -20,6 +20,7 @@ import sys
 import msgspec
 
 from trtpool.ipc.errors import ProtocolError, TrtpoolError
+from trtpool.ipc.process import tie_to_parent
 from trtpool.ipc.settings import InspectRequest, Refusal
 from trtpool.ipc.tensors import ModelSpec
 
@@ -48,6 +49,7 @@ def _spec(request: bytes) -> ModelSpec:
 
 def main() -> None:
     """Answer the request on standard input."""
+    tie_to_parent(os.getppid())
     answer_fd = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries, native ones too, may print what they like
     answer = msgspec.json.encode(inspect(sys.stdin.buffer.read()))
