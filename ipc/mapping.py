@@ -20,7 +20,7 @@ from .session import Request, Session
 
 T = TypeVar("T")
 
-RUN_BYTES: Final = 256 * 1024
+RUN_BYTES: Final = 4 * 1024 * 1024
 """Slots are leased in runs of about this many bytes: by then a message costs little beside the writing."""
 
 SLOW_WRITE_NS: Final = 1_000_000

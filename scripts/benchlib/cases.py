@@ -190,12 +190,14 @@ def small(options: Options) -> Iterator[Table]:
         chunks = Setup(SMALL, setup.model, producers, SMALL_ITEMS // CHUNK, CHUNK)
         contenders = _baselines(setup, options.thorough) + _chunked(chunks, options.thorough)
         if options.pool:
+            large = Setup(SMALL, setup.model, producers, 16, 8 * CHUNK)
             contenders += [
                 _pool(f"pool, runs of {CHUNK}", chunks, "runs", max_batch=256),
                 _pool(f"pool, {CHUNK} items a slot", chunks, "runs", max_batch=256, items_per_slot=CHUNK),
+                _pool(f"pool, {CHUNK} a slot, runs of 8", large, "runs", max_batch=1024, items_per_slot=CHUNK),
             ]
         title = f"{SMALL.name}, {producers} producer{'s' * (producers > 1)}, room for {SMALL_ITEMS:,} items"
-        note = f"{FAIR} '{CHUNK} a message' is the same baseline with its items chunked by hand."
+        note = f"{FAIR} '{CHUNK} a message' is the same baseline with its items chunked by hand; 'runs of 8' has room for 8,192 items."
         yield Table("b", title, "items/s", False, note, _compete(contenders, options))
 
 
