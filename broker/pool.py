@@ -18,7 +18,7 @@ from trtpool.ipc.client import Client
 from trtpool.ipc.errors import ConfigError, StartFailed
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import default_root
-from trtpool.ipc.settings import EngineSettings, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.settings import DEFAULT_TRANSPORT, EngineSettings, ModelSource, PoolSettings, Refusal
 
 from .control import SuperviseConfig
 from .planning import child_environment, error_of
@@ -67,6 +67,7 @@ class Pool(Client):
         run_dir: its run directory; by default one for that name.
         workers, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer, drain_timeout_s:
             see `trtpool.ipc.settings.PoolSettings`.
+        transport: what carries this client's messages, see `trtpool.connect`.
 
     Raises:
         ConfigError: a model, an option or the run directory must change; the kind says which.
@@ -89,6 +90,7 @@ class Pool(Client):
         max_delay_us: int = 0,
         max_slots_per_producer: int = 0,
         drain_timeout_s: float = 30.0,
+        transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         self._session = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -115,7 +117,7 @@ class Pool(Client):
         self._drain_timeout_s = drain_timeout_s
         self._process = _start(settings)
         try:
-            super().__init__(directory)
+            super().__init__(directory, transport)
         except BaseException:
             self._stop()
             raise

@@ -40,11 +40,13 @@ class Client:
 
     Attributes:
         run_dir: the pool's run directory.
+        transport: what carries the messages.
     """
 
     def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT) -> None:
         self._session: Session | None = None  # for __del__, if connecting fails
         self.run_dir = run_dir
+        self.transport = transport
         self._session = Session(run_dir, transport)
 
     @property
@@ -193,7 +195,7 @@ class Client:
         """Something that can be pickled, or carried over a fork, and connects by itself, once in each process."""
         from .remote import PoolHandle
 
-        return PoolHandle(self.run_dir)
+        return PoolHandle(self.run_dir, self.transport)
 
     def close(self) -> None:
         """Disconnect.

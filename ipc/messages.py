@@ -72,7 +72,7 @@ class SlotRun(_Message, frozen=True):
 
 
 class Hello(_Message, frozen=True, tag=1):
-    """The first message of a peer: proves that this ZeroMQ identity owns that lifeline."""
+    """The first message of a client: the token proves that the sender, if it is a ZeroMQ identity, owns a lifeline."""
 
     version: U31
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]

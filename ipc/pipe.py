@@ -2,8 +2,7 @@
 
 A worker's lifeline is a socket pair that the supervisor made, so nobody else is at its ends and no token is
 needed.  A frame is one packet; the kernel keeps frames whole and in order, wakes the reader directly, and what
-was sent before a process ended is still there to be read.  Beside ZeroMQ, whose two input/output threads wake
-for every frame, a round trip costs a fifth (docs/performance.md).
+was sent before a process ended is still there to be read.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from .settings import DEFAULT_TRANSPORT
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_clients: dict[Path, Client] = {}
+_clients: dict[tuple[Path, str], Client] = {}
 
 
 def _forget_in_child() -> None:
@@ -63,21 +63,23 @@ class PoolHandle:
     Give it to `multiprocessing` or DataLoader workers and use it like a client.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT) -> None:
         self.run_dir = run_dir
+        self.transport = transport
 
     @property
     def client(self) -> Client:
         """This process's client, which all handles of this pool share; it is closed when the process ends."""
         with _lock:
-            client = _clients.get(self.run_dir)
+            key = self.run_dir, self.transport
+            client = _clients.get(key)
             if client is None or client.session.closed:
-                client = _clients[self.run_dir] = Client(self.run_dir)
+                client = _clients[key] = self.connect()
             return client
 
     def connect(self) -> Client:
         """A client of your own, to close yourself."""
-        return Client(self.run_dir)
+        return Client(self.run_dir, self.transport)
 
     def lease(self, *, model: str | None = None, timeout_s: float | None = None) -> Lease:
         """See `Client.lease`."""
@@ -124,8 +126,8 @@ class PoolHandle:
         """See `Client.status`."""
         return self.client.status()
 
-    def __reduce__(self) -> tuple[type[PoolHandle], tuple[Path]]:
-        return PoolHandle, (self.run_dir,)
+    def __reduce__(self) -> tuple[type[PoolHandle], tuple[Path, str]]:
+        return PoolHandle, (self.run_dir, self.transport)
 
     def __repr__(self) -> str:
         return f"<PoolHandle of {self.run_dir}>"

@@ -154,10 +154,12 @@ def _chunked(setup: Setup, thorough: bool) -> list[Contender]:
     ]
 
 
-def _pool(name: str, base: Setup, style: str, max_batch: int, items_per_slot: int = 1) -> Contender:
+def _pool(
+    name: str, base: Setup, style: str, max_batch: int, items_per_slot: int = 1, transport: str = "lifeline"
+) -> Contender:
     from .poolside import PoolSetup, pool  # not needed, and perhaps not importable, with --no-pool
 
-    setup = PoolSetup(base, style, max_batch, items_per_slot)
+    setup = PoolSetup(base, style, max_batch, items_per_slot, transport)
     return Contender(name, "onnxruntime", partial(pool, setup), pool=True)
 
 
@@ -197,7 +199,10 @@ def small(options: Options) -> Iterator[Table]:
                 _pool(f"pool, {CHUNK} a slot, runs of 8", large, "runs", max_batch=1024, items_per_slot=CHUNK),
             ]
         title = f"{SMALL.name}, {producers} producer{'s' * (producers > 1)}, room for {SMALL_ITEMS:,} items"
-        note = f"{FAIR} '{CHUNK} a message' is the same baseline with its items chunked by hand; 'runs of 8' has room for 8,192 items."
+        note = (
+            f"{FAIR} '{CHUNK} a message' is the same baseline with its items chunked by hand; 'runs of 8' has room for "
+            "8,192 items."
+        )
         yield Table("b", title, "items/s", False, note, _compete(contenders, options))
 
 
@@ -212,9 +217,10 @@ def latency(options: Options) -> Iterator[Table]:
             connects: dict[str, Callable[[], Exchanger]] = {"relay": stack.enter_context(relay())}
         others: dict[str, Callable[[], AbstractContextManager[Started]]] = {"ring": partial(ring, setup)}
         if options.pool:
-            contender = _pool("pool", setup, "single", max_batch=16)
-            series["pool"] = Series("pool", contender.engine, pool=True)
-            others["pool"] = contender.start
+            for name, transport in (("pool", "lifeline"), ("pool, zmq", "zmq")):
+                contender = _pool(name, setup, "single", max_batch=16, transport=transport)
+                series[name] = Series(name, contender.engine, pool=True)
+                others[name] = contender.start
         for name, start in others.items():
             costs[name] = Cost()
             with costs[name].starting():

@@ -38,12 +38,14 @@ class PoolSetup:
         style: "map", "runs" or "single".
         items_per_slot: a divisor of `base.count`.
         max_batch: items.
+        transport: what carries the messages.
     """
 
     base: Setup
     style: str
     max_batch: int
     items_per_slot: int = 1
+    transport: str = "lifeline"
 
     @property
     def slots(self) -> int:
@@ -146,7 +148,7 @@ def pool(setup: PoolSetup) -> Iterator[Started]:
     with (
         trtpool.Pool(
             model=str(setup.base.model), device="cpu", workers=1, threads=1, slots=setup.slots,
-            items_per_slot=setup.items_per_slot, max_batch=setup.max_batch,
+            items_per_slot=setup.items_per_slot, transport=setup.transport, max_batch=setup.max_batch,
         ) as running,
         running.handle().connect() as client,
     ):  # fmt: skip
