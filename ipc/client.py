@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 import numpy as np
@@ -116,7 +116,7 @@ class Client:
         model: str | None = None,
         timeout_s: float | None = None,
         **arrays: npt.ArrayLike,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, npt.NDArray[Any]]:
         """Run one item, or an array of items, and return copies of the outputs: ``pool.infer(x=array)``.
 
         The convenient way, with one copy in and one out.  Where those matter, write into slots.
@@ -147,7 +147,7 @@ class Client:
 
     def map(
         self,
-        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
         items: Iterable[T],
         *,
         window: int = 64,
@@ -230,7 +230,9 @@ class Client:
         return f"<{type(self).__name__} of pool {self.name!r}, {state}>"
 
 
-def _check_inputs(layout: ModelLayout, given: dict[str, npt.ArrayLike]) -> tuple[dict[str, np.ndarray], int | None]:
+def _check_inputs(
+    layout: ModelLayout, given: dict[str, npt.ArrayLike]
+) -> tuple[dict[str, npt.NDArray[Any]], int | None]:
     """The inputs as arrays whose first axis counts items, and how many, or None for a single item without the axis."""
     specs = {spec.name: spec for spec in layout.spec.inputs}
     if set(given) != set(specs):

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from . import messages as m
 from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, SpentHandle, WorkerDied, WorkError
@@ -85,9 +86,9 @@ class Claim:
         self.lease_ns = 0
         self.state = LEASED
         self.released = False
-        self.root_ref: weakref.ref[np.ndarray] | None = None
+        self.root_ref: weakref.ref[npt.NDArray[Any]] | None = None
 
-    def root(self) -> np.ndarray:
+    def root(self) -> npt.NDArray[Any]:
         """The array that all views of these slots hang on."""
         root = self.root_ref() if self.root_ref is not None else None
         if root is None:
@@ -98,7 +99,7 @@ class Claim:
             self.root_ref = weakref.ref(root)
         return root
 
-    def view(self, plane: Plane, row: int | None) -> np.ndarray:
+    def view(self, plane: Plane, row: int | None) -> npt.NDArray[Any]:
         """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``.
 
         `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item.
@@ -148,7 +149,7 @@ class Claim:
             )
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class Tensors(Mapping[str, npt.NDArray[Any]]):
     """Names to views of the arena; each access makes one, and a spent handle raises `SpentHandle`."""
 
     __slots__ = ("_claim", "_planes", "_row", "_state", "_valid")
@@ -162,7 +163,7 @@ class Tensors(Mapping[str, np.ndarray]):
         self._row = row
         self._valid = valid
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
         self._claim.require(self._state)
         if self._valid is not None and self._valid.spent:
             raise SpentHandle("this result was passed by; copy what you keep before the next item, or list its arrays")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import numpy.typing as npt
 
 from .errors import PoolBusy
 from .handles import Claim, Lease, Leases, Submitted
@@ -41,8 +41,8 @@ class Inference:
         self,
         session: Session,
         model: int,
-        inputs: Mapping[str, np.ndarray],
-        outputs: Mapping[str, np.ndarray],
+        inputs: Mapping[str, npt.NDArray[Any]],
+        outputs: Mapping[str, npt.NDArray[Any]],
         total: int,
         timeout_s: float | None,
     ) -> None:
@@ -118,6 +118,6 @@ class Inference:
         finally:
             span.submitted.release()
 
-    def _items_of(self, array: np.ndarray) -> np.ndarray:
+    def _items_of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An array of slots as an array of items."""
         return array.reshape(-1, *array.shape[2:]) if self._per_slot > 1 else array

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from .errors import ProtocolError
 from .tensors import ModelSpec, TensorSpec
@@ -126,6 +127,6 @@ def plan(models: Sequence[ModelPlan]) -> Layout:
     return Layout(tuple(layouts), offset)
 
 
-def plane_array(segment: mmap.mmap, model: ModelLayout, plane: Plane) -> np.ndarray:
+def plane_array(segment: mmap.mmap, model: ModelLayout, plane: Plane) -> npt.NDArray[Any]:
     """The whole plane as an array over the mapped segment, which it keeps alive."""
     return np.ndarray(model.plane_shape(plane), plane.spec.numpy_dtype, segment, plane.offset)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import InvalidInput, PoolBusy, WorkError
 from .handles import LEASED, Claim, Result, Submitted, Tensors
@@ -42,7 +43,7 @@ class Mapper(Generic[T]):
         self,
         session: Session,
         model: int,
-        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
         items: Iterable[T],
         window: int,
         ordered: bool,

@@ -7,9 +7,8 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import numpy.typing as npt
 
 from .client import Client
@@ -96,13 +95,13 @@ class PoolHandle:
         model: str | None = None,
         timeout_s: float | None = None,
         **arrays: npt.ArrayLike,
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, npt.NDArray[Any]]:
         """See `Client.infer`."""
         return self.client.infer(inputs, model=model, timeout_s=timeout_s, **arrays)
 
     def map(
         self,
-        write: Callable[[T, Mapping[str, np.ndarray]], object],
+        write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
         items: Iterable[T],
         *,
         window: int = 64,

@@ -8,7 +8,7 @@ engine (`trtpool.workers`), travel as JSON, and are checked when they arrive.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
@@ -90,7 +90,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return sum(spec.item_bytes for spec in self.inputs + self.outputs)
 
 
-def check_array(spec: TensorSpec, array: npt.ArrayLike, leading: tuple[int, ...]) -> np.ndarray:
+def check_array(spec: TensorSpec, array: npt.ArrayLike, leading: tuple[int, ...]) -> npt.NDArray[Any]:
     """Return `array` as an array that fits rows of `spec`, else say how it does not.
 
     Args:

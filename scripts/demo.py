@@ -30,7 +30,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `scripts`, here and in the producers
 try:
@@ -127,7 +130,7 @@ def produce(pool_name: str, producer: int, jobs: Sequence[tuple[int, Path]], map
     maps = np.lib.format.open_memmap(maps_file, mode="r+")
     pages = ((index, Image.open(path)) for index, path in jobs)  # opened here, decoded in `write`
 
-    def write(job: tuple[int, Image.Image], inputs: Mapping[str, np.ndarray]) -> None:
+    def write(job: tuple[int, Image.Image], inputs: Mapping[str, npt.NDArray[Any]]) -> None:
         demo_pages.write_input(job[1], inputs[INPUT])
 
     found = []
@@ -164,7 +167,7 @@ class Comparison(NamedTuple):
     seconds: float
 
 
-def compare(model: Path, paths: Sequence[Path], maps: np.ndarray) -> Comparison:
+def compare(model: Path, paths: Sequence[Path], maps: npt.NDArray[Any]) -> Comparison:
     """Run every page through onnxruntime, alone, and compare with its row of `maps`, ``(pages, H, W)``."""
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     x = np.empty((1, 3, HEIGHT, WIDTH), np.float32)

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.helper
 import onnx.numpy_helper
 import onnx.parser
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, npt.NDArray[Any]]
 """Tensor name to items, shape ``(items, *item_shape)``."""
 
 OPSET = 17
@@ -42,7 +43,7 @@ class Good(NamedTuple):
     """
 
     model: str | onnx.ModelProto
-    answer: Callable[[Arrays], dict[str, np.ndarray]]
+    answer: Callable[[Arrays], dict[str, npt.NDArray[Any]]]
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     batch_limit: int = 0
 

@@ -7,8 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -89,7 +91,7 @@ def test_pages_differ_from_each_other_and_not_from_run_to_run(tmp_path: Path) ->
 # After the model
 
 
-def tilted_map(core: list[tuple[float, float]], value: float = 0.9) -> np.ndarray:
+def tilted_map(core: list[tuple[float, float]], value: float = 0.9) -> npt.NDArray[Any]:
     """Return a map with one polygon of probability `value`."""
     mask = Image.new("L", (WIDTH, HEIGHT))
     ImageDraw.Draw(mask).polygon(core, fill=1)
@@ -139,7 +141,7 @@ def test_the_margin_is_not_searched_and_no_corner_leaves_the_page() -> None:
 
 @settings(deadline=None)
 @given(arrays(np.bool_, array_shapes(min_dims=2, max_dims=2, max_side=24)))
-def test_a_box_is_a_rectangle_round_all_its_pixels(mask: np.ndarray) -> None:
+def test_a_box_is_a_rectangle_round_all_its_pixels(mask: npt.NDArray[Any]) -> None:
     mask[np.arange(len(mask)), np.arange(len(mask)) % mask.shape[1]] = True  # one in each row, as promised
     box = demo_pages.widened_box(mask)
     if box is None:

@@ -10,9 +10,9 @@ One contract suite (`tests/workers/test_engine_contract.py`) runs against every 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
+import numpy.typing as npt
 
 from trtpool.ipc.tensors import ModelSpec
 
@@ -42,7 +42,7 @@ class Times(NamedTuple):
     gathered_items: int = 0
 
 
-Planes = Mapping[str, np.ndarray]
+Planes = Mapping[str, npt.NDArray[Any]]
 """Tensor name to plane, an array of shape ``(slots, items_per_slot, *item_shape)``, C-contiguous."""
 
 

@@ -30,6 +30,7 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from trtpool.ipc.errors import DeviceUnavailable
 from trtpool.ipc.settings import EngineSettings, ModelSource
@@ -150,7 +151,7 @@ class BoundMemory:
     """
 
     def __init__(
-        self, session: Any, spec: ModelSpec, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
+        self, session: Any, spec: ModelSpec, inputs: Sequence[npt.NDArray[Any]], outputs: Sequence[npt.NDArray[Any]]
     ) -> None:
         self.inputs = inputs
         self.outputs = outputs
@@ -222,6 +223,6 @@ def _run_gathered(planes: BoundMemory, scratch: BoundMemory, spans: Sequence[tup
     return Times(copy_in_ns, compute_ns, perf_counter_ns() - started_ns, items)
 
 
-def _new_items(items: int, tensor: TensorSpec) -> np.ndarray:
+def _new_items(items: int, tensor: TensorSpec) -> npt.NDArray[Any]:
     """Raw items of new memory, aligned for the tensor's dtype."""
     return raw_items(np.empty((items, *tensor.shape), tensor.numpy_dtype), tensor)

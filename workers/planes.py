@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
@@ -38,6 +41,6 @@ def check_planes(spec: ModelSpec, inputs: Planes, outputs: Planes) -> int:
     return leading[1]
 
 
-def raw_items(plane: np.ndarray, tensor: TensorSpec) -> np.ndarray:
+def raw_items(plane: npt.NDArray[Any], tensor: TensorSpec) -> npt.NDArray[Any]:
     """A view of `plane` as raw items: shape ``(slots * items_per_slot,)``, dtype ``V{item_bytes}``."""
     return plane.reshape(-1).view(np.dtype(f"V{tensor.item_bytes}"))

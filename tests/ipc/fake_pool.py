@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-import numpy as np
+import numpy.typing as npt
 
 from trtpool.broker import control as c
 from trtpool.broker.invariants import validate
@@ -38,7 +38,7 @@ NET_S: Final = 60.0
 BAD: Final = -999.0
 """An item whose first number is this fails, in whatever batch it is."""
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def neg(given: Arrays, out: Arrays) -> None:

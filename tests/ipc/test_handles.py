@@ -8,8 +8,10 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.ipc.fake_pool import BAD, NET_S, FakePool, Threads, figures, in_turn, states, until
@@ -21,7 +23,7 @@ from trtpool.ipc.handles import Lease, Result, Submitted
 ALL_FREE = (16, 0, 0, 0, 0)
 
 
-def address(array: np.ndarray) -> int:
+def address(array: npt.NDArray[Any]) -> int:
     return int(array.__array_interface__["data"][0])
 
 
@@ -209,7 +211,7 @@ def test_handles_dropped_in_another_thread(client):
 
 # --- Kept arrays ---------------------------------------------------------------------------------
 
-KEPT: dict[str, Callable[[np.ndarray], object]] = {
+KEPT: dict[str, Callable[[npt.NDArray[Any]], object]] = {
     "the array": lambda y: y,
     "a slice": lambda y: y[1:3],
     "a slice of a slice": lambda y: y[1:][1:],

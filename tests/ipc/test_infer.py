@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.ipc.fake_pool import BAD, MODEL, NET_S, SUM, Threads, figures, until
@@ -16,7 +17,7 @@ from trtpool.ipc.errors import EngineFailed, InvalidInput, LeaseTooLarge, PoolBu
 from trtpool.ipc.handles import Lease
 
 
-def items(count: int) -> np.ndarray:
+def items(count: int) -> npt.NDArray[Any]:
     return np.arange(count * 4, dtype=np.float32).reshape(count, 4)
 
 

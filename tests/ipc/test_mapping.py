@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.ipc.fake_pool import BAD, NET_S, SUM, Threads, figures, until
 from trtpool.ipc import mapping
 from trtpool.ipc.errors import EngineFailed, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, SpentHandle, WorkError
 
-Arrays = Mapping[str, np.ndarray]
+Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write(value: float, inputs: Arrays) -> None:
@@ -221,7 +222,7 @@ def test_an_interrupt_in_the_writer_is_raised_at_once(pool, client):
 
 
 def test_a_writer_that_keeps_its_arrays_keeps_its_slots(pool, client):
-    kept: list[np.ndarray] = []
+    kept: list[npt.NDArray[Any]] = []
 
     def keeping(value: int, inputs: Arrays) -> None:
         write(value, inputs)

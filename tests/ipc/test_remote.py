@@ -6,8 +6,10 @@ import pickle
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from tests.ipc.fake_pool import NET_S, FakePool, until
@@ -33,7 +35,7 @@ def test_a_handle_is_used_like_a_client(client, handle):
     with handle.lease_many(3) as leases:
         assert sum(one.count for one in leases) == 3
 
-    def write(value: int, inputs: dict[str, np.ndarray]) -> None:
+    def write(value: int, inputs: dict[str, npt.NDArray[Any]]) -> None:
         inputs["x"][...] = value
 
     assert [value for value, _ in handle.map(write, range(5), window=2)] == list(range(5))

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 import trtpool
@@ -253,7 +254,7 @@ def producer(pool: StartedPool, code: str, *arguments: object, transport: str = 
 # --- Work for the model NEGATE ---
 
 
-def ones(value: float = 1) -> np.ndarray:
+def ones(value: float = 1) -> npt.NDArray[Any]:
     return np.full(4, value, np.float32)
 
 

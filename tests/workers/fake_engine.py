@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers.engine import EngineError, Planes, Rows, Times
 from trtpool.workers.planes import check_planes
 
-Answer = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+Answer = Callable[[Mapping[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]]
 
 
 class NumpyEngine:
@@ -49,7 +50,7 @@ class NumpyEngine:
         self._bound = None
 
     @staticmethod
-    def _by_item(planes: Planes) -> dict[str, np.ndarray]:
+    def _by_item(planes: Planes) -> dict[str, npt.NDArray[Any]]:
         return {name: plane.reshape(-1, *plane.shape[2:]) for name, plane in planes.items()}
 
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,7 +77,7 @@ LAYOUTS: dict[str, tuple[int, int, int, list[list[Rows]]]] = {
 }
 
 
-def planes(tensors: Sequence[TensorSpec], slots: int, items_per_slot: int) -> dict[str, np.ndarray]:
+def planes(tensors: Sequence[TensorSpec], slots: int, items_per_slot: int) -> dict[str, npt.NDArray[Any]]:
     return {t.name: np.zeros((slots, items_per_slot, *t.shape), t.numpy_dtype) for t in tensors}
 
 
@@ -183,31 +184,31 @@ def test_spec_describes_tensors_by_item(engine, case):
     }
 
 
-def wrong_shape(plane: np.ndarray) -> np.ndarray:
+def wrong_shape(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.zeros((*plane.shape, 2), plane.dtype)
 
 
-def wrong_dtype(plane: np.ndarray) -> np.ndarray:
+def wrong_dtype(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return plane.astype("float16" if plane.dtype != "float16" else "float32")
 
 
-def strided(plane: np.ndarray) -> np.ndarray:
+def strided(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.zeros((plane.shape[0] * 2, *plane.shape[1:]), plane.dtype)[::2]
 
 
-def flat(plane: np.ndarray) -> np.ndarray:
+def flat(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return plane.reshape(-1)[:3]
 
 
-def empty(plane: np.ndarray) -> np.ndarray:
+def empty(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return plane[:0]
 
 
-def fewer_slots(plane: np.ndarray) -> np.ndarray:
+def fewer_slots(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return plane[:-1]
 
 
-def unaligned(plane: np.ndarray) -> np.ndarray:
+def unaligned(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.frombuffer(bytearray(plane.nbytes + 1), np.uint8)[1:].view(plane.dtype).reshape(plane.shape)
 
 
@@ -222,7 +223,7 @@ def test_planes_that_do_not_fit_are_refused(engine, role, spoil):
         engine.bind(inputs, outputs, 1)
 
 
-def no_items_axis(plane: np.ndarray) -> np.ndarray:
+def no_items_axis(plane: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return plane[:, 0]
 
 

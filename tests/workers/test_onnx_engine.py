@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 import pytest
 
@@ -35,11 +36,11 @@ def load(tmp_path: Path) -> Load:
     return load_it
 
 
-def bind(engine: OnnxEngine, slots: int = 10, max_batch: int = 8) -> dict[str, np.ndarray]:
+def bind(engine: OnnxEngine, slots: int = 10, max_batch: int = 8) -> dict[str, npt.NDArray[Any]]:
     """Bind `engine` to planes of one item a slot, in one mapping as in the arena; returns them by name."""
     tensors = engine.spec.inputs + engine.spec.outputs
     arena = mmap.mmap(-1, len(tensors) * (1 << 16))
-    planes = {
+    planes: dict[str, npt.NDArray[Any]] = {
         tensor.name: np.ndarray((slots, 1, *tensor.shape), tensor.numpy_dtype, arena, index << 16)
         for index, tensor in enumerate(tensors)
     }
