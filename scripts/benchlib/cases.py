@@ -19,7 +19,7 @@ from .latency import Alternating, Samples, relay
 from .workload import IMAGES, SMALL, Workload
 
 CHUNK: Final = 64
-IMAGE_SLOTS: Final = 32
+IMAGE_SLOTS: Final = 64
 SMALL_ITEMS: Final = 1024
 
 
@@ -176,10 +176,10 @@ def images(options: Options) -> Iterator[Table]:
         setup = Setup(IMAGES, options.model(IMAGES), producers, IMAGE_SLOTS)
         contenders = _baselines(setup, options.thorough)
         if options.pool:
-            fours = Setup(IMAGES, setup.model, producers, IMAGE_SLOTS // 4, 4)
+            eights = Setup(IMAGES, setup.model, producers, IMAGE_SLOTS // 8, 8)
             contenders += [
                 _pool("pool, map", setup, "map", max_batch=8),
-                _pool("pool, runs of 4", fours, "runs", max_batch=8),
+                _pool("pool, runs of 8", eights, "runs", max_batch=8),
             ]
         title = f"{IMAGES.name}, {producers} producer{'s' * (producers > 1)}, {IMAGE_SLOTS} slots"
         yield Table("a", title, "items/s", False, FAIR, _compete(contenders, options))
