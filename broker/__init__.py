@@ -1,0 +1,1 @@
+"""The broker, its supervisor, embedding, and the command line."""

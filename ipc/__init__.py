@@ -1,0 +1,1 @@
+"""The contract between processes: arena, lifeline, messages, settings, errors, and the client."""
