@@ -7,6 +7,7 @@ to a deque and try to take the lock; if it is taken, its holder sees to it when 
 
 from __future__ import annotations
 
+import atexit
 import operator
 import os
 import threading
@@ -45,7 +46,14 @@ def _forget_in_child() -> None:
         session.link.abandon_in_child()
 
 
+def _close_at_exit() -> None:
+    """Close what was never closed while threads still run: in a finalizer at the very end, a join would not return."""
+    for session in list(_sessions):
+        session.close()
+
+
 os.register_at_fork(after_in_child=_forget_in_child)
+atexit.register(_close_at_exit)
 
 
 class Request(Target):

@@ -236,9 +236,12 @@ def wait_all_free(client: trtpool.Client) -> None:
 def producer(pool: StartedPool, code: str, *arguments: object, transport: str = "lifeline") -> Process:
     """A process that runs `code` with a connected `pool`, and `wait()`, which prints a word and waits for a line."""
     head = """
-        import os, sys
+        import os, sys, warnings
         import numpy as np
         import trtpool
+
+        # From 3.12 on Python says so of every fork beside a thread; some of this code is there to do just that.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
         def wait(word):
             os.write(1, (word + os.linesep).encode())  # in one piece, beside what a forked child writes
