@@ -29,7 +29,7 @@ import msgspec
 
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment
-from trtpool.ipc.errors import DeviceUnavailable, PoolClosed, StartFailed, TrtpoolError
+from trtpool.ipc.errors import DeviceUnavailable, PoolClosed, StartFailed
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import RunDir
@@ -336,8 +336,4 @@ class Supervisor:
 
 def run(settings: PoolSettings, announce: Callable[[Started], None]) -> int:
     """Run a pool in this process until it is stopped; see `Supervisor.run`."""
-    supervisor = Supervisor(settings, announce)
-    return supervisor.run()
-
-
-__all__ = ["Started", "Supervisor", "TrtpoolError", "run"]
+    return Supervisor(settings, announce).run()

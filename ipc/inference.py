@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
-from .errors import PoolBusy
 from .handles import Claim, Lease, Leases, Submitted
 from .session import Request, Session
 
@@ -76,18 +75,13 @@ class Inference:
 
     def _claims(self) -> list[Claim] | None:
         """Slots for the next items; None when the oldest result came first."""
+        count = min(self._most, -(-(self._total - self._start) // self._per_slot))
         if self._request is None:
-            count = min(self._most, -(-(self._total - self._start) // self._per_slot))
             spare = self._session.take_spare(self._model, count)
             if spare is not None:
                 return [spare]
-            # The broker keeps the time only while all that we can do is to wait for it.
-            bound = None if self._in_flight else self._timeout_s
-            self._request = self._session.ask(self._model, count, bound, at_once=not self._in_flight)
-        elif not self._in_flight and not self._session.wait_any([self._request], self._timeout_s):
-            raise PoolBusy(
-                f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots"
-            )
+        busy = bool(self._in_flight)
+        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy)
         if self._in_flight:
             oldest = self._in_flight[0].submitted
             if not self._session.wait_any([self._request, oldest], self._timeout_s):

@@ -1,7 +1,8 @@
 """`Client.map`: a stream of items through the pool.
 
-Small items are leased and submitted in runs, so that a message carries many; large ones one by one, so that the
-first starts while the second is written.  Each Submit asks for as many slots again, which come with the result:
+Items are leased and submitted in runs, of a few MiB or a quarter of the window, so that a message carries many;
+a run that fills slowly is submitted as far as it is filled, so that its first items start while the next are written.
+Each Submit asks for as many slots again, which come with the result:
 a steady stream needs one message each way for each run.
 """
 
@@ -15,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidInput, PoolBusy, WorkError
+from .errors import InvalidInput, WorkError
 from .handles import LEASED, Claim, Result, Submitted, Tensors
 from .session import Request, Session
 
@@ -112,14 +113,8 @@ class Mapper(Generic[T]):
         if spare is not None:
             self._slots_out += count
             return spare
-        if self._request is None:
-            # The broker keeps the time only while all that we can do is to wait for it.
-            bound = None if self._in_flight else self._timeout_s
-            self._request = self._session.ask(self._model, count, bound, at_once=not self._in_flight)
-        elif not self._in_flight and not self._session.wait_any([self._request], self._timeout_s):
-            raise PoolBusy(
-                f"no slots came free within {self._timeout_s} s; wait longer, or start the pool with more --slots"
-            )
+        busy = bool(self._in_flight)
+        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy)
         if self._in_flight and not self._request.over:
             return None
         request, self._request = self._request, None

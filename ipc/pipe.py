@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Final
 
 from . import messages as m
+from .lifeline import PACKET_BYTES
 
-FRAME_BYTES: Final = 160 * 1024
-"""Most bytes of a frame: below what a socket buffer holds by default (212,992) with its overhead."""
+FRAME_BYTES: Final = PACKET_BYTES
+"""Most bytes of a frame, which is one packet."""
 
 
 class Pipe:

@@ -216,6 +216,21 @@ class Session:
             self._ask(request, lambda number: m.Lease(number, model, count, wait_ns))
         return request
 
+    def ask_amid(self, request: Request | None, model: int, count: int, timeout_s: float | None, busy: bool) -> Request:
+        """`request`, or a new one if there is none, for a caller that is `busy`, with work in flight, or can only wait.
+
+        The broker keeps the time only while all that the caller can do is to wait; here it does for one that was
+        busy when it asked, and is no more.
+
+        Raises:
+            PoolBusy: that one waited for `timeout_s`.
+        """
+        if request is None:
+            return self.ask(model, count, None if busy else timeout_s, at_once=not busy)
+        if not busy and not self.wait_any([request], timeout_s):
+            raise PoolBusy(f"no slots came free within {timeout_s} s; wait longer, or start the pool with more --slots")
+        return request
+
     def room(self, model: int) -> int:
         """How many slots more this client may hold."""
         return self.models[model].cap - self.models[model].held
@@ -237,11 +252,7 @@ class Session:
             self._flush()  # others, or this very request, may wait for what we have released
             self._driver.wait(request, None)
         except BaseException:
-            with self._driver:
-                request.abandoned = True
-                if isinstance(request.answer, list):
-                    self._return_claims(request.answer)
-                self._exchange()
+            self.abandon(request)
             raise
         if isinstance(request.answer, list):
             return request.answer
@@ -469,22 +480,24 @@ class Session:
 
     def _push(self) -> None:
         """Send what must go out; what has arrived is left to the next `wait`, unless somebody sleeps in it."""
-        if self._urgent:
-            self._urgent = False
-            if self._over is None and not self.closed:
-                outgoing, self._outgoing = self._outgoing, []
-                self.link.send(outgoing)
-                if self._driver.led:
-                    self._exchange()
+        if self._send_urgent() and self._driver.led:
+            self._exchange()
+
+    def _send_urgent(self) -> bool:
+        """Send what must go out; whether there was anything."""
+        if not self._urgent:
+            return False
+        self._urgent = False
+        if self._over is not None or self.closed:
+            return False
+        outgoing, self._outgoing = self._outgoing, []
+        self.link.send(outgoing)
+        return True
 
     def _exchange(self) -> None:
         """Send what must go out and take in what has arrived, until neither is left."""
         while not self.closed:
-            if self._urgent:
-                self._urgent = False
-                if self._over is None:
-                    outgoing, self._outgoing = self._outgoing, []
-                    self.link.send(outgoing)
+            self._send_urgent()
             received = self.link.receive()
             for message in received:
                 handler = self._handlers.get(type(message))
