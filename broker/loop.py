@@ -217,6 +217,7 @@ class Loop:
             endpoint=self._endpoint,
             token=self._doorman.issue(number) if worker is None else b"",
             layout=self._config.layout,
+            gpus=self._config.gpus,
         )
         try:
             lifeline.send_packet(sock, description, [self._config.arena_fd])

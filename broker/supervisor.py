@@ -204,6 +204,7 @@ class Supervisor:
                 layout=layout,
                 max_slots_per_producer=self._settings.max_slots_per_producer,
                 max_delay_us=self._settings.max_delay_us,
+                gpus=len(self._settings.gpus),
                 listener_fd=listener.fileno(),
                 control_fd=theirs.fileno(),
                 arena_fd=arena_fd,

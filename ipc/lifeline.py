@@ -48,6 +48,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         token: proves to the ROUTER that a ZeroMQ identity belongs to this lifeline; good for one use.  Empty for a
             worker, which talks over the lifeline itself: see `pipe`.
         layout: the arena.
+        gpus: how many GPUs the pool has; 0 for a pool on the CPU.
     """
 
     version: int
@@ -56,6 +57,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     endpoint: str
     token: bytes
     layout: Layout
+    gpus: int = 0
 
     def __post_init__(self) -> None:
         if len(self.token) not in (0, TOKEN_BYTES):

@@ -15,7 +15,7 @@ bounds and list lengths, and refuses unknown fields.  Nothing is pickled, ever.
     Release            producer       (lease, first, count)                       LEASED, DONE
     Cancel             producer       (lease, first, count)                       QUEUED, else ignored
     Recall             to producer    model: give back what you keep unused       others wait
-    Ready              worker         device, lanes                               after loading
+    Ready              worker         device, lanes, gpu                          after loading
     Run                to worker      batch, attempt, model, rows                 a lane, or one more
     Finished, Failed   worker         batch, attempt, times / error               RUNNING
     Status / Report    producer       - / the pool's figures                      any
@@ -117,7 +117,7 @@ class Submit(_Message, frozen=True, tag=5):
     every Submit of a lease.  The work is dropped when it is still queued `deadline_ns` after it arrived
     (None: never).  `again` asks for that many new slots when the work is done, if nobody else waits: granted
     rows then lie side by side with those of the batch-mates, and a steady producer needs one message for
-    each piece of work.
+    each piece of work.  `gpu` is the pool's number for the one GPU that may run it (None: any).
     """
 
     lease: U63
@@ -127,6 +127,7 @@ class Submit(_Message, frozen=True, tag=5):
     items: Count
     deadline_ns: U63 | None = None
     again: U31 = 0
+    gpu: U31 | None = None
 
 
 class Done(_Message, frozen=True, tag=6):
@@ -171,10 +172,11 @@ class Recall(_Message, frozen=True, tag=9):
 
 
 class Ready(_Message, frozen=True, tag=10):
-    """A worker has loaded all models and can run `lanes` batches at once."""
+    """A worker has loaded all models and can run `lanes` batches at once, on the pool's GPU number `gpu` if on one."""
 
     device: Text
     lanes: Annotated[int, msgspec.Meta(ge=1, le=64)]
+    gpu: U31 | None = None
 
 
 class Rows(_Message, frozen=True):
@@ -236,7 +238,7 @@ class Error(_Message, frozen=True, tag=16):
 
 
 class Bye(_Message, frozen=True, tag=17):
-    """The sender leaves; nothing comes after it."""
+    """The sender leaves, and nothing comes after it; a worker says why it must end."""
 
     text: Text
 

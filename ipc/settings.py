@@ -13,7 +13,7 @@ import msgspec
 from .errors import ConfigError
 from .layout import Layout
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 """Rises with every change to a message, to the description or to the order they come in."""
 
 TOKEN_BYTES: Final = 40
@@ -26,9 +26,17 @@ DEFAULT_TRANSPORT: Final = "lifeline"
 """What carries a client's messages: "lifeline" or "zmq", see `trtpool.ipc.link`."""
 
 DEFAULT_MAX_BATCH: Final = 8
+DEFAULT_LANES: Final = 3
+DEFAULT_BUILD_BATCH: Final = 64
+"""Largest batch of a plan that is built without being told."""
+
+FLAVOURS: Final = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx", "lean": "tensorrt_lean"}
+"""What users call each TensorRT, and the module that is imported."""
+
 MAX_ATTEMPTS: Final = 3
 """Times an item may end a worker, or fail in one, while it runs alone."""
 
+Gpu = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9/-]{1,100})\Z")]
 Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31)], ...], msgspec.Meta(max_length=16)]
 
 
@@ -36,15 +44,50 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a worker loads a model.
 
     Attributes:
-        device: "cpu", the only kind of device so far.
+        device: "cpu" (ONNX files on onnxruntime) or "gpu" (TensorRT plans, and ONNX files that are built into one).
         threads: threads inside one engine call (onnxruntime's intra-op threads); 0 shares the
-            machine's CPUs out among the workers.
+            machine's CPUs out among the workers.  CPU only.
         shapes: item shapes, by input name, for models that leave them open.
+        flavour: the TensorRT to use: a key of `FLAVOURS`; empty: the plan's header says, else what is installed.
+        lanes: batches that a GPU worker has in flight at once.
+        graphs: capture the engine's work into CUDA graphs.
+        host_code: let a plan run code of its own on the host (version-compatible plans with a lean runtime inside);
+            only for plans from a source you trust like a program.
     """
 
-    device: str = "cpu"
+    device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|gpu)\Z")] = "cpu"
     threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
     shapes: dict[str, Shape] = {}
+    flavour: Annotated[str, msgspec.Meta(pattern=r"^(|tensorrt|rtx|lean)\Z")] = ""
+    lanes: Annotated[int, msgspec.Meta(ge=1, le=16)] = DEFAULT_LANES
+    graphs: bool = True
+    host_code: bool = False
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The range of shapes of one input that a plan is built for, batch axis first: smallest, best, largest."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How an ONNX file is built into a TensorRT plan; see `trtpool build --help`.
+
+    Attributes:
+        fp16: let layers run in float16.
+        io: dtype of inputs and outputs, by tensor name; ``""`` stands for all of them.
+        profiles: shapes by input name; by default the model's own, with batches of 1 to `DEFAULT_BUILD_BATCH`.
+        workspace_bytes: the most scratch memory a layer may take; 0: TensorRT's own limit.
+        compute_capability: target GPU, such as "8.9", of a build with no GPU ("rtx" only); empty: the GPU in use.
+    """
+
+    fp16: bool = False
+    io: dict[str, str] = {}
+    profiles: dict[str, Profile] = {}
+    workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
+    compute_capability: Annotated[str, msgspec.Meta(pattern=r"^(|[0-9]{1,2}\.[0-9])\Z")] = ""
 
 
 class ModelSource(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -68,6 +111,25 @@ class Refusal(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     text: str
 
 
+class GpuInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One GPU, as `python -m trtpool.workers.devices` sees it.
+
+    Attributes:
+        name: such as "NVIDIA H100 80GB HBM3".
+        uuid, pci_bus_id: as NVIDIA's tools write them; `uuid` begins with "GPU-" or "MIG-".
+        compute_capability: such as "9.0".
+        memory_bytes: its memory.
+        driver: the newest CUDA that the driver runs, as ``(major, minor)``.
+    """
+
+    name: str
+    uuid: str
+    pci_bus_id: str
+    compute_capability: str
+    memory_bytes: int
+    driver: tuple[int, int]
+
+
 class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that `trtpool start` can be told.
 
@@ -76,7 +138,12 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         name: the pool's name, which clients connect to.
         run_dir: the pool's run directory, absolute; holds its sockets and its lock.
         engine: how workers load the models.
-        workers: worker processes.
+        gpus: the GPUs to use, numbered from 0 in this order: indices in PCI order, "GPU-..." UUIDs or "MIG-..."
+            ids; empty for a pool on the CPU.
+        workers_per_gpu: worker processes on each GPU.
+        workers: worker processes of a pool on the CPU.
+        build: how ONNX files are built for the GPU.
+        huge_pages: put the arena on huge pages, if the host has enough of them.
         slots: slots for each model; 0 means ``(lanes + 1) * max_batch`` items for each worker and two
             batches more for producers.
         items_per_slot: items in each slot.
@@ -92,7 +159,11 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] = "default"
     run_dir: str
     engine: EngineSettings = EngineSettings()
+    gpus: Annotated[tuple[Gpu, ...], msgspec.Meta(max_length=64)] = ()
+    workers_per_gpu: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
     workers: Annotated[int, msgspec.Meta(ge=1, le=256)] = 1
+    build: BuildSettings = BuildSettings()
+    huge_pages: bool = False
     slots: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
     items_per_slot: Annotated[int, msgspec.Meta(ge=1, le=2**20)] = 1
     max_batch: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
@@ -123,16 +194,20 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lifeline_fd: its lifeline, connected and inherited.
         models: each model and how to load it, in the order that messages number them.
         cpus: CPUs that are this worker's share.
+        name: what to call this worker in logs, such as "worker 1 on GPU 0".
+        gpu: the pool's number for its GPU, which is the only one that it sees; None on the CPU.
     """
 
     parent_pid: int
     lifeline_fd: int
     models: tuple[InspectRequest, ...]
     cpus: int
+    name: str = "worker"
+    gpu: int | None = None
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited."""
+    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs."""
 
     parent_pid: int
     name: str
@@ -141,6 +216,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: Layout
     max_slots_per_producer: int
     max_delay_us: int
+    gpus: int
     listener_fd: int
     control_fd: int
     arena_fd: int

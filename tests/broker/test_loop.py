@@ -85,6 +85,7 @@ class Broker:
             layout=Layout(layouts((16, 1, 4)), SEGMENT_BYTES),
             max_slots_per_producer=0,
             max_delay_us=max_delay_us,
+            gpus=0,
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena_fd,

@@ -109,6 +109,7 @@ class FakePool:
             layout=self.layout,
             max_slots_per_producer=cap,
             max_delay_us=0,
+            gpus=0,
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena,
