@@ -35,12 +35,14 @@ class Work:
         queued_ns: when it arrived.
         deadline_ns: when it is dropped if still queued; 0: never.
         again: slots to grant to its producer when it is done.
+        gpu: the pool's number for the GPU that alone may run it; None: any.
         passed: how often a younger one was taken before it.
         attempts: how often it ended a worker, or failed, alone.
     """
 
     __slots__ = (
-        "again", "at", "attempts", "count", "deadline_ns", "first", "items", "lease", "passed", "queued_ns", "seq",
+        "again", "at", "attempts", "count", "deadline_ns", "first", "gpu", "items", "lease", "passed", "queued_ns",
+        "seq",
     )  # fmt: skip
 
     def __init__(
@@ -53,6 +55,8 @@ class Work:
         queued_ns: int,
         deadline_ns: int,
         again: int,
+        *,
+        gpu: int | None = None,
     ) -> None:
         self.lease = lease
         self.at = at
@@ -63,14 +67,14 @@ class Work:
         self.queued_ns = queued_ns
         self.deadline_ns = deadline_ns
         self.again = again
+        self.gpu = gpu
         self.passed = 0
         self.attempts = 0
 
     def split(self, count: int, items_per_slot: int) -> Work:
         """Cut the first `count` slots off, which become a Work of their own; this one keeps the rest."""
-        head = Work(
-            self.lease, self.at, count, count * items_per_slot, self.seq, self.queued_ns, self.deadline_ns, again=0
-        )
+        items = count * items_per_slot
+        head = Work(self.lease, self.at, count, items, self.seq, self.queued_ns, self.deadline_ns, 0, gpu=self.gpu)
         head.attempts, head.passed = self.attempts, self.passed
         self.at += count
         self.first += count
@@ -84,7 +88,7 @@ def _slot_order(work: Work) -> int:
 
 
 class WorkQueue:
-    """Queued work of one model, oldest first."""
+    """Queued work of one model and for one GPU, or for any, oldest first."""
 
     def __init__(self, items_per_slot: int) -> None:
         self.items = 0

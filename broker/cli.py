@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `status`, `stop`.
+"""The command line: `trtpool start`, `build`, `status`, `stop`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -17,18 +17,20 @@ import msgspec
 from trtpool import __version__
 from trtpool.ipc import errors, rundir
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.errors import DeviceUnavailable, TrtpoolError
+from trtpool.ipc.errors import ConfigError, TrtpoolError
 from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.remote import connect
-from trtpool.ipc.settings import EngineSettings
+from trtpool.ipc.settings import DEFAULT_LANES, FLAVOURS, EngineSettings
 
 from . import supervisor
+from .cli_build import build, build_options
+from .gpus import gpu_list
 from .pool import make_settings
 from .view import show_report
 
 _CODES: Final = (
     (0, "all went well; a pool drained and ended"),
-    (1, "a pool was stopped with work in flight"),
+    (1, "a pool was stopped with work in flight, or a build was stopped"),
     (2, "the command line cannot be understood"),
     (errors.ConfigError.exit_code, "an option is not possible"),
     (errors.ModelError.exit_code, "a model file cannot be served as it is"),
@@ -83,13 +85,10 @@ def _parse_shapes(
 
 
 def _parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    gpus = tuple(part.strip() for part in value.split(","))
-    known = all(gpu.isdigit() or gpu.startswith(("GPU-", "MIG-")) for gpu in gpus)
-    if not known or len(set(gpus)) != len(gpus):
-        raise click.BadParameter(f"{value!r} is not a list of different GPUs, such as 0,1 or GPU-<uuid>")
-    return gpus
+    try:
+        return () if value is None else gpu_list(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _pool_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,6 +111,8 @@ def cli() -> None:
     Examples:
       trtpool start model.onnx
       trtpool start det.onnx --shape x=3x640x640 --workers 2 --max-batch 4
+      trtpool start resnet50.plan --gpus 0,1
+      trtpool build resnet50.onnx -o resnet50.plan --fp16
       trtpool start det=a.onnx cls=b.onnx --name ocr
       trtpool status --json
       trtpool stop --name ocr
@@ -121,10 +122,30 @@ def cli() -> None:
 @cli.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @_pool_options
-@click.option("--device", default="cpu", show_default=True, help="What workers run on.")
-@click.option("--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index, UUID or MIG id; one worker each.")
-@click.option("--workers", type=click.IntRange(1, 256), default=1, show_default=True, help="Worker processes.")
-@click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call [default: share].")
+@click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
+@click.option(
+    "--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
+)
+@click.option("--workers", type=click.IntRange(1, 256), help="Worker processes on the CPU [default: 1].")
+@click.option(
+    "--workers-per-gpu", type=click.IntRange(1, 16), default=1, show_default=True, help="Worker processes on each GPU."
+)
+@click.option(
+    "--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call on the CPU [default: share]."
+)
+@click.option(
+    "--lanes",
+    type=click.IntRange(1, 16),
+    default=DEFAULT_LANES,
+    show_default=True,
+    help="Batches that a worker on a GPU has in flight at once.",
+)
+@click.option(
+    "--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use [default: what the plan is for]."
+)
+@click.option("--no-graphs", is_flag=True, help="Do not capture the engine's work into CUDA graphs.")
+@click.option("--allow-host-code", is_flag=True, help="Let a plan run code of its own here; trust it like a program.")
+@click.option("--huge-pages", is_flag=True, help="Put the arena on huge pages, if enough are free.")
 @click.option(
     "--shape",
     "shapes",
@@ -133,10 +154,13 @@ def cli() -> None:
     metavar="[MODEL:]INPUT=3x640x640",
     help="Item shape of an input that the model leaves open.  Again for each.",
 )
+@build_options
 @click.option("--slots", type=click.IntRange(1, 2**24), help="Slots for each model [default: from workers and batch].")
 @click.option("--items-per-slot", type=click.IntRange(1, 2**20), default=1, show_default=True, help="Items in a slot.")
 @click.option(
-    "--max-batch", type=click.IntRange(1, 2**24), help="Items in the largest batch [default: 8, or a slot's]."
+    "--max-batch",
+    type=click.IntRange(1, 2**24),
+    help="Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest].",
 )
 @click.option(
     "--max-delay-us",
@@ -162,34 +186,36 @@ def start(
     models: tuple[str, ...],
     name: str,
     run_dir: Path | None,
-    device: str,
-    gpus: tuple[str, ...],
-    shapes: dict[str, tuple[int, ...]],
     threads: int,
+    shapes: dict[str, tuple[int, ...]],
+    lanes: int,
+    flavour: str | None,
+    no_graphs: bool,
+    allow_host_code: bool,
     slots: int | None,
     max_batch: int | None,
     max_slots_per_producer: int | None,
-    **options: float,
+    **options: Any,
 ) -> None:
     """Serve models until stopped.
 
-    Each MODEL is an ONNX file, or NAME=FILE; its name is the file's stem by default.  The pool stays in the
-    foreground: the first SIGTERM or Ctrl-C drains it, a second stops it at once.
+    Each MODEL is an ONNX file, or with --gpus a TensorRT plan, or NAME=FILE; its name is the file's stem by default.
+    The pool stays in the foreground: the first SIGTERM or Ctrl-C drains it, a second stops it at once.
     """
     set_up_logging("supervisor")
-    if gpus:
-        raise DeviceUnavailable(
-            f"--gpus {','.join(gpus)}: no usable GPU on this machine for this version, which runs models on the CPU; "
-            "use --device cpu"
-        )
-    if device != "cpu":
-        raise DeviceUnavailable(f"--device {device}: this version runs models on the CPU; use --device cpu")
-    engine = EngineSettings(device=device, threads=threads, shapes=shapes)
+    engine = EngineSettings(
+        threads=threads,
+        shapes=shapes,
+        lanes=lanes,
+        flavour=flavour or "",
+        graphs=not no_graphs,
+        host_code=allow_host_code,
+    )
     settings = make_settings(
         models,
         rundir.run_dir_of(name, run_dir),
         name=name,
-        engine=msgspec.to_builtins(engine),
+        engine=engine,
         slots=slots or 0,
         max_batch=max_batch or 0,
         max_slots_per_producer=max_slots_per_producer or 0,
@@ -197,8 +223,14 @@ def start(
     )
     missing = [source.path for source in settings.models if not Path(source.path).exists()]
     if missing:
-        raise errors.ModelError(f"there is no file {missing[0]}; name an .onnx file")
-    sys.exit(supervisor.run(settings, _announce))
+        raise errors.ModelError(f"there is no file {missing[0]}; name an .onnx file, or with --gpus a plan")
+    sys.exit(supervisor.run(settings, _announce, _say))
+
+
+def _say(line: str) -> None:
+    """Say at once what the user waits for; whoever reads a pipe too."""
+    click.echo(line)
+    sys.stdout.flush()
 
 
 def _announce(started: supervisor.Started) -> None:
@@ -208,12 +240,17 @@ def _announce(started: supervisor.Started) -> None:
             f"{', '.join(map(str, model.spec.outputs))}; {model.slots} slots of {format_bytes(model.slot_bytes)}, "
             f"batches of up to {model.max_batch}"
         )
-    workers = f"{started.workers} worker{'s' if started.workers > 1 else ''} on the CPU"
-    click.echo(
-        f"ready: pool {started.name!r} with {workers}, arena {format_bytes(started.layout.segment_bytes)}, "
-        f"in {started.run_dir}"
+    for number, gpu in enumerate(started.gpus):
+        click.echo(f"GPU {number}: {gpu.name} ({gpu.uuid}), {_count(started.workers // len(started.gpus), 'worker')}")
+    place = _count(len(started.gpus), "GPU") if started.gpus else "the CPU"
+    _say(
+        f"ready: pool {started.name!r} with {_count(started.workers, 'worker')} on {place}, "
+        f"arena {format_bytes(started.layout.segment_bytes)}, in {started.run_dir}"
     )
-    sys.stdout.flush()
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
 @cli.command()
@@ -247,6 +284,9 @@ def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
             "wait, or run `trtpool stop` again to end it at once"
         )
     click.echo(f"pool {name!r} has ended" if run_dir is None else f"the pool in {path} has ended")
+
+
+cli.add_command(build)
 
 
 def main() -> None:

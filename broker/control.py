@@ -6,6 +6,7 @@
       | <-- BrokerReady ------------------ |
       | --- WorkerStarted + 2 fds -------> |  the broker's end of its lifeline, and its pidfd
       | <-- WorkerIsReady ---------------- |
+      | <-- WorkerSaid ------------------- |  why it must end, in its own words
       | --- WorkerGone ------------------> |  it ended and was reaped
       | --- DrainNow --------------------> |
       | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
@@ -52,7 +53,14 @@ class IsDrained(msgspec.Struct, frozen=True, tag=6):
     """No work is left."""
 
 
-Control: TypeAlias = BrokerReady | WorkerStarted | WorkerIsReady | WorkerGone | DrainNow | IsDrained
+class WorkerSaid(msgspec.Struct, frozen=True, tag=7):
+    """A worker says why it must end; it may not be ready yet, and its end follows.  Told once for each worker."""
+
+    worker: int
+    text: str
+
+
+Control: TypeAlias = BrokerReady | WorkerStarted | WorkerIsReady | WorkerSaid | WorkerGone | DrainNow | IsDrained
 
 decode = msgspec.msgpack.Decoder(Control).decode
 

@@ -36,14 +36,15 @@ from .events import (
     WorkerJoined,
     WorkerReady,
 )
-from .records import Batch, LeaseRecord, Model, Producer, Request, Suspect, Worker, producer_cap
+from .records import Batch, LeaseRecord, Line, Model, Producer, Request, Suspect, Worker, producer_cap
 from .reporting import report
 from .slots import Event as SlotEvent
 from .slots import IllegalTransition, State, move
 
 SEND_AHEAD_NS: Final = 500_000
-"""A worker is sent a batch that is not full ahead of time if batches of the model take this long on average: a worker
-that waits for the broker loses about 50 us, which a batch that grows meanwhile makes up for if it is short."""
+"""A worker with one lane is sent a batch that is not full ahead of time if batches of the model take this long on
+average: while it waits for the broker it loses about 50 us, which a batch that grows meanwhile makes up for if it is
+short."""
 
 SURPLUS: Final = 4
 """`again` is granted while a quarter (1 / SURPLUS) of the slots stays free.
@@ -67,6 +68,14 @@ class _Refused(Exception):
         self.request = request
 
 
+def _oldest_ns(line: Line) -> int:
+    return line.queue.oldest.queued_ns
+
+
+def _oldest_suspect_ns(line: Line) -> int:
+    return line.suspects[0].queued_ns
+
+
 class Core:
     """See the module's docstring.
 
@@ -74,6 +83,7 @@ class Core:
         models: the layout of each model, in the order that messages number them.
         max_slots_per_producer: see `PoolSettings`.
         max_delay_us: see `PoolSettings`.
+        gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
     """
 
@@ -83,6 +93,7 @@ class Core:
         *,
         max_slots_per_producer: int = 0,
         max_delay_us: int = 0,
+        gpus: int = 0,
         name: str = "default",
         epoch: int = 1,
         arena_bytes: int = 0,
@@ -92,10 +103,12 @@ class Core:
             Model(index, layout, producer_cap(layout, max_slots_per_producer)) for index, layout in enumerate(models)
         ]
         self._max_delay_ns = max_delay_us * 1000
+        self.gpus = gpus
         self.name, self.epoch, self.arena_bytes, self.started_ns = name, epoch, arena_bytes, started_ns
         self.producers: dict[int, Producer] = {}
         self.workers: dict[int, Worker] = {}
-        self._timers: list[tuple[int, int, Request | Work | Model]] = []
+        self.serving: list[Worker] = []  # those that may be sent work
+        self._timers: list[tuple[int, int, Request | Work | Line]] = []
         self._actions: list[Action] = []
         self.now_ns = started_ns
         self._next_lease = 1
@@ -104,7 +117,7 @@ class Core:
         self._prune_at = PRUNE_TIMERS
         self.draining = False
         self._drained = False
-        self._suspects = 0  # groups of work that must run alone, waiting or running
+        self.suspects = 0  # groups of work that must run alone, waiting or running
         self.violations = 0
         self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
             ProducerJoined: self._producer_joined,
@@ -122,13 +135,13 @@ class Core:
             m.Release: self._release,
             m.Cancel: self._cancel,
             m.Status: self._status,
-            m.Bye: self._bye,
+            m.Bye: self._producer_bye,
         }
         self._from_worker: dict[type[Any], Callable[[Worker, Any], None]] = {
             m.Ready: self._ready,
             m.Finished: self._finished,
             m.Failed: self._failed,
-            m.Bye: self._bye,
+            m.Bye: self._worker_bye,
         }
 
     # ------------------------------------------------------------------ in and out
@@ -147,7 +160,7 @@ class Core:
     def _send(self, peer: int, message: m.FromBroker) -> None:
         self._actions.append(Send(peer, message))
 
-    def _start_timer(self, when_ns: int, what: Request | Work | Model) -> None:
+    def _start_timer(self, when_ns: int, what: Request | Work | Line) -> None:
         self._next_timer += 1
         heapq.heappush(self._timers, (when_ns, self._next_timer, what))
         if len(self._timers) >= self._prune_at:  # far deadlines of work that ended long ago would pile up
@@ -156,11 +169,11 @@ class Core:
             self._prune_at = max(PRUNE_TIMERS, 2 * len(self._timers))
 
     @staticmethod
-    def _is_due(what: Request | Work | Model) -> bool:
+    def _is_due(what: Request | Work | Line) -> bool:
         """Whether a timer still has something to do."""
         if isinstance(what, Request):
             return not what.over
-        return isinstance(what, Model) or what.lease.states[what.at] == State.QUEUED
+        return isinstance(what, Line) or what.lease.states[what.at] == State.QUEUED
 
     def _received(self, event: Received) -> None:
         peer, message = event
@@ -189,8 +202,18 @@ class Core:
             self.violations += 1
             self._send(peer, m.Error(m.BAD_MESSAGE, str(error)))
 
-    def _bye(self, _peer: Producer | Worker, _message: m.Bye) -> None:
+    def _producer_bye(self, _producer: Producer, _message: m.Bye) -> None:
         """Said out of courtesy; what counts is the end of its lifeline."""
+
+    def _worker_bye(self, worker: Worker, message: m.Bye) -> None:
+        """It gets no more work; what it has goes back when its process has ended.  Its first reason is the cause."""
+        if worker.said is None:
+            worker.said = message.text
+            self._stop_serving(worker)
+
+    def _stop_serving(self, worker: Worker) -> None:
+        if worker in self.serving:
+            self.serving.remove(worker)
 
     # ------------------------------------------------------------------ peers
 
@@ -205,8 +228,16 @@ class Core:
     def _ready(self, worker: Worker, message: m.Ready) -> None:
         if worker.lanes:
             raise _Refused(m.BAD_MESSAGE, "Ready was said before")
-        worker.device, worker.lanes = message.device, message.lanes
+        if message.gpu is not None:
+            self._check_gpu(message.gpu)
+        worker.device, worker.lanes, worker.gpu = message.device, message.lanes, message.gpu
+        if worker.said is None:
+            self.serving.append(worker)
         self._actions.append(WorkerReady(worker.peer))
+
+    def _check_gpu(self, gpu: int) -> None:
+        if gpu >= self.gpus:
+            raise _Refused(m.BAD_MESSAGE, f"GPU {gpu} of a pool with {self.gpus} GPUs, which are counted from 0")
 
     def _producer_closed(self, event: ProducerClosed) -> None:
         """Drop what it queued and keep its slots: its process, or a child of it, may still write to them."""
@@ -249,16 +280,19 @@ class Core:
         return removed
 
     def _withdraw(self, model: Model, chosen: Callable[[Work], bool]) -> list[Work]:
-        """Take the chosen works out of the queue and from among the suspects; they are still QUEUED."""
-        removed = [work for work in model.queue if chosen(work)]
-        if removed:
-            model.queue.remove(set(removed))
-        if model.suspects:
-            for suspect in model.suspects:
-                removed += [work for work in suspect.works if chosen(work)]
-                suspect.works = [work for work in suspect.works if not chosen(work)]
-            self._suspects -= sum(not suspect.works for suspect in model.suspects)
-            model.suspects = deque(suspect for suspect in model.suspects if suspect.works)
+        """Take the chosen works out of the queues and from among the suspects; they are still QUEUED."""
+        removed = []
+        for line in model.lines:
+            queued = [work for work in line.queue if chosen(work)]
+            if queued:
+                line.queue.remove(set(queued))
+                removed += queued
+            if line.suspects:
+                for suspect in line.suspects:
+                    removed += [work for work in suspect.works if chosen(work)]
+                    suspect.works = [work for work in suspect.works if not chosen(work)]
+                self.suspects -= sum(not suspect.works for suspect in line.suspects)
+                line.suspects = deque(suspect for suspect in line.suspects if suspect.works)
         return removed
 
     def _forget_if_empty(self, producer: Producer) -> None:
@@ -270,8 +304,10 @@ class Core:
         worker = self.workers.pop(event.peer, None)
         if worker is None:
             return
+        self._stop_serving(worker)
+        how = f"{worker.said} ({event.reason})" if worker.said else event.reason
         for batch in worker.batches.values():
-            self._retry(batch, m.WORKER_DIED, f"the worker ended: {event.reason}", counts=batch.alone)
+            self._retry(batch, m.WORKER_DIED, f"the worker ended: {how}", counts=batch.alone)
         self._actions.append(Forget(event.peer))
 
     # ------------------------------------------------------------------ leases
@@ -417,12 +453,15 @@ class Core:
             )
         if message.again > model.cap:
             raise _Refused(m.BAD_MESSAGE, f"again {message.again} is above the cap of {model.cap}")
+        gpu = message.gpu
+        if gpu is not None:
+            self._check_gpu(gpu)
         move(lease.states, SlotEvent.SUBMIT, message.first, count)
         lease.seq = message.seq
         self._use_spare(lease)
         deadline = 0 if message.deadline_ns is None else self.now_ns + max(1, message.deadline_ns)
-        work = Work(lease, message.first, count, items, message.seq, self.now_ns, deadline, message.again)
-        model.queue.add(work)
+        work = Work(lease, message.first, count, items, message.seq, self.now_ns, deadline, message.again, gpu=gpu)
+        model.line(gpu).queue.add(work)
         if deadline:
             self._start_timer(deadline, work)
 
@@ -467,7 +506,7 @@ class Core:
         if batch is None or batch.attempt != message.attempt:
             raise _Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
         del worker.batches[batch.id]
-        self._suspects -= batch.alone
+        self.suspects -= batch.alone
         totals = batch.model.totals
         totals.batches += 1
         totals.runs += batch.runs
@@ -509,7 +548,7 @@ class Core:
         """
         model = batch.model
         model.totals.retries += 1
-        self._suspects -= batch.alone
+        self.suspects -= batch.alone
         works = []
         for work in batch.works:
             if work.lease.orphaned:
@@ -532,8 +571,8 @@ class Core:
                 move(work.lease.states, SlotEvent.RETRY, work.at, work.count)
                 if work.deadline_ns:  # a half has no timer yet, and the whole's may have been thrown away
                     self._start_timer(work.deadline_ns, work)
-            model.suspects.append(Suspect(group, batch.attempt + 1))
-            self._suspects += 1
+            batch.line.suspects.append(Suspect(group, batch.attempt + 1))
+            self.suspects += 1
 
     # ------------------------------------------------------------------ the turn
 
@@ -553,15 +592,15 @@ class Core:
         for model in self.models:
             if model.waiting:
                 self._serve_waiting(model)
-        if self._suspects:
-            self._dispatch_suspects()
+        if self.suspects:
+            self._dispatch_suspect()
         self._dispatch()
         if self.draining and not self._drained and not self._has_work():
             self._drained = True
             self._actions.append(Drained())
 
     def _has_work(self) -> bool:
-        return any(model.queue.items or model.suspects for model in self.models) or any(
+        return any(line.queue.items or line.suspects for model in self.models for line in model.lines) or any(
             worker.batches for worker in self.workers.values()
         )
 
@@ -586,79 +625,116 @@ class Core:
         self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
 
     def _dispatch(self) -> None:
-        """Make batches while a worker can take one, for the model whose oldest work is the oldest."""
-        while True:
-            model = None
-            for candidate in self.models:
-                if not candidate.queue.items or self._held_back(candidate):
-                    continue
-                if model is None or candidate.queue.oldest.queued_ns < model.queue.oldest.queued_ns:
-                    model = candidate
-            worker = self._pick_worker(model) if model else None
-            if model is None or worker is None:
-                return
-            works = model.queue.take(model.max_batch)
+        """Make batches while there is a worker to take one."""
+        while (choice := self._choose()) is not None:
+            worker, line = choice
+            works = line.queue.take(line.model.max_batch)
             late = [work for work in works if work.deadline_ns and work.deadline_ns <= self.now_ns]
             for work in late:
                 self._expire(work)
                 works.remove(work)
             if works:
-                self._run(worker, model, works, attempt=0, alone=False)
+                self._run(worker, line, works, attempt=0, alone=False)
 
-    def _held_back(self, model: Model) -> bool:
-        """Whether a batch that is not full should wait for `max_delay_us` to pass."""
-        if not self._max_delay_ns or model.queue.items >= model.max_batch or self.draining:
-            return False
-        until = model.queue.oldest.queued_ns + self._max_delay_ns
-        if until <= self.now_ns:
-            return False
-        if model.hold_until_ns != until:
-            model.hold_until_ns = until
-            self._start_timer(until, model)
-        return True
+    def _choose(self) -> tuple[Worker, Line] | None:
+        """The worker and the line of the next batch: of the oldest work that some worker takes now.
 
-    def _pick_worker(self, model: Model) -> Worker | None:
-        """The worker with the fewest batches that may take one more.
-
-        One with a free lane may.  One whose lanes are all busy may be sent a batch ahead, so that it need not wait for
-        us, if that batch is full or the model takes long to run; else the batch had better grow meanwhile.  While
-        there are suspects, the first worker is kept for them.
+        A worker takes the oldest work that may run on it, and while it must not have that yet, nothing younger: else
+        full batches could overtake one that is not full for ever.  While there are suspects, one worker is kept for
+        them.
         """
-        ahead = model.queue.items >= model.max_batch or model.run_ns >= SEND_AHEAD_NS
-        reserved = self._reserved()
+        due = []
+        for model in self.models:
+            for line in model.lines:
+                if line.queue.items and not (self._max_delay_ns and self._held_back(line)):
+                    due.append(line)  # noqa: PERF401  # a comprehension costs twice as much, each turn
+        if not due:
+            return None
+        workers = self.serving
+        if len(due) > 1:
+            due.sort(key=_oldest_ns)
+            if wanted := {line.gpu for line in due if line.gpu is not None}:
+                workers = sorted(workers, key=lambda one: one.gpu in wanted)  # what has a choice leaves these alone
+        if self.suspects and (kept := self._next_suspect()) is not None:
+            workers = [one for one in workers if one is not kept[0]]
+        for line in due:
+            worker = self._pick_worker(line, workers)
+            if worker is not None:
+                return worker, line
+            if line.gpu is None:
+                break
+            workers = [one for one in workers if one.gpu != line.gpu]
+        return None
+
+    @staticmethod
+    def _pick_worker(line: Line, workers: list[Worker]) -> Worker | None:
+        """The worker with the fewest batches among those that may have the line's next one.
+
+        A full batch is sent even if all lanes are busy, one ahead of them, so that the worker need not wait for us.
+        One that is not full had better grow here than wait in the device, which computes one batch while it copies
+        another: a worker with several lanes gets it while it has less than these two, and one with a single lane is
+        sent it ahead if the model takes long to run.
+        """
+        full = line.has_full_batch
+        single = 1 + (line.model.run_ns >= SEND_AHEAD_NS)
         best = None
-        for worker in self.workers.values():
-            if worker is reserved or len(worker.batches) >= worker.lanes + ahead or not worker.lanes:
-                continue
-            if best is None or len(worker.batches) < len(best.batches):
+        for worker in workers:
+            lanes, batches = worker.lanes, len(worker.batches)
+            credit = lanes + 1 if full else 2 if lanes > 1 else single
+            if batches < credit and line.may_run_on(worker) and (best is None or batches < len(best.batches)):
                 best = worker
         return best
 
-    def _reserved(self) -> Worker | None:
-        """The worker that suspects run on: one that runs a suspect now, else the first that is ready."""
-        if not self._suspects:
-            return None
-        ready = [worker for worker in self.workers.values() if worker.lanes]
-        for worker in ready:
-            if any(batch.alone for batch in worker.batches.values()):
-                return worker
-        return ready[0] if ready else None
+    def _held_back(self, line: Line) -> bool:
+        """Whether a batch that is not full should wait for `max_delay_us` to pass."""
+        if line.queue.items >= line.model.max_batch or self.draining:
+            return False
+        until = line.queue.oldest.queued_ns + self._max_delay_ns
+        if until <= self.now_ns:
+            return False
+        if line.hold_until_ns != until:
+            line.hold_until_ns = until
+            self._start_timer(until, line)
+        return True
 
-    def _dispatch_suspects(self) -> None:
-        worker = self._reserved()
-        if worker is None or worker.batches:
-            return
-        for model in self.models:
-            if model.suspects:
-                suspect = model.suspects.popleft()
-                self._run(worker, model, suspect.works, suspect.attempt, alone=True)
-                return
+    def _next_suspect(self) -> tuple[Worker, Line] | None:
+        """The worker that is kept for suspects, and the line of which it runs, or will run, the first.
 
-    def _run(self, worker: Worker, model: Model, works: list[Work], attempt: int, *, alone: bool) -> None:
+        It is one that runs a suspect now, else the first that may run the oldest, unless work pinned to its GPU is
+        older still: others may be able to run the suspect, and none but it that work.
+        """
+        for worker in self.workers.values():
+            for batch in worker.batches.values():
+                if batch.alone:
+                    return worker, batch.line
+        lines = [line for model in self.models for line in model.lines if line.suspects]
+        for line in sorted(lines, key=_oldest_suspect_ns):
+            for worker in self.serving:
+                if line.may_run_on(worker) and not self._has_pinned(worker.gpu, _oldest_suspect_ns(line)):
+                    return worker, line
+        return None
+
+    def _has_pinned(self, gpu: int | None, before_ns: int) -> bool:
+        """Whether work that is pinned to this GPU was queued before."""
+        return gpu is not None and any(
+            line.gpu == gpu and line.queue.items and line.queue.oldest.queued_ns < before_ns
+            for model in self.models
+            for line in model.lines
+        )
+
+    def _dispatch_suspect(self) -> None:
+        following = self._next_suspect()
+        if following is not None and not following[0].batches:
+            worker, line = following
+            suspect = line.suspects.popleft()
+            self._run(worker, line, suspect.works, suspect.attempt, alone=True)
+
+    def _run(self, worker: Worker, line: Line, works: list[Work], attempt: int, *, alone: bool) -> None:
+        model = line.model
         for work in works:
             move(work.lease.states, SlotEvent.DISPATCH, work.at, work.count)
         rows = rows_of(works, model.items_per_slot, model.layout.segment)
-        batch = Batch(self._next_batch, model, works, len(rows), attempt, alone, self.now_ns)
+        batch = Batch(self._next_batch, line, works, len(rows), attempt, alone, self.now_ns)
         self._next_batch += 1
         worker.batches[batch.id] = batch
         self._send(worker.peer, m.Run(batch.id, attempt, model.index, rows))

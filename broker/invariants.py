@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .batching import Work
-from .records import Model
+from .records import Line, Model
 from .slots import State
 
 if TYPE_CHECKING:
@@ -14,6 +14,14 @@ if TYPE_CHECKING:
 
 def validate(core: Core) -> None:
     """Assert every invariant; for tests, after every event."""
+    taken = _validate_producers(core)
+    for model, slots in zip(core.models, taken, strict=True):
+        _validate_model(core, model, slots)
+    _validate_workers(core)
+
+
+def _validate_producers(core: Core) -> list[bytearray]:
+    """Returns, for each model, which slots are held: 1 for each that is."""
     taken = [bytearray(model.layout.slots) for model in core.models]
     held = {producer.peer: [0] * len(core.models) for producer in core.producers.values()}
     for producer in core.producers.values():
@@ -32,30 +40,50 @@ def validate(core: Core) -> None:
         assert producer.held == held[producer.peer], "a producer's slots were miscounted"
         for model in core.models:
             assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
-    for model in core.models:
-        model.ring.validate(taken[model.index])
-        leases = [one for producer in core.producers.values() for one in producer.leases.values()]
-        spares = sum(one.count for one in leases if one.spare and one.model is model)
-        assert model.spares == spares, "spares were miscounted"
-        assert 2 * spares <= max(0, model.layout.slots - model.cap), "idle clients could starve others"
-        queued = list(model.queue) + [work for suspect in model.suspects for work in suspect.works]
-        _validate_works(core, model, queued, State.QUEUED)
-        assert model.queue.items == sum(work.items for work in model.queue), "the queue lost count of items"
-        assert model.queue.slots == sum(work.count for work in model.queue), "the queue lost count of slots"
-        running = [
-            work
-            for worker in core.workers.values()
-            for batch in worker.batches.values()
-            if batch.model is model
-            for work in batch.works
-        ]
-        _validate_works(core, model, running, State.RUNNING)
-        for request in model.waiting:
-            assert request.over or request.producer.peer in core.producers, "one that left still waits"
+    return taken
+
+
+def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
+    model.ring.validate(taken)
+    leases = [one for producer in core.producers.values() for one in producer.leases.values()]
+    spares = sum(one.count for one in leases if one.spare and one.model is model)
+    assert model.spares == spares, "spares were miscounted"
+    assert 2 * spares <= max(0, model.layout.slots - model.cap), "idle clients could starve others"
+    assert len({line.gpu for line in model.lines}) == len(model.lines), "a GPU has two lines"
+    for line in model.lines:
+        assert line.gpu is None or line.gpu < core.gpus, "there is a line for no GPU of the pool"
+        assert line.queue.items == sum(work.items for work in line.queue), "a queue lost count of items"
+        assert line.queue.slots == sum(work.count for work in line.queue), "a queue lost count of slots"
+        assert {work.gpu for work in _waiting(line)} <= {line.gpu}, "a work waits for another GPU than its own"
+    _validate_works(core, model, [work for line in model.lines for work in _waiting(line)], State.QUEUED)
+    running = [
+        work
+        for worker in core.workers.values()
+        for batch in worker.batches.values()
+        if batch.model is model
+        for work in batch.works
+    ]
+    _validate_works(core, model, running, State.RUNNING)
+    for request in model.waiting:
+        assert request.over or request.producer.peer in core.producers, "one that left still waits"
+
+
+def _validate_workers(core: Core) -> None:
+    serving = {worker.peer for worker in core.workers.values() if worker.lanes and worker.said is None}
+    assert {worker.peer for worker in core.serving} == serving, "it is not known who serves"
+    waiting = sum(len(line.suspects) for model in core.models for line in model.lines)
+    alone = sum(batch.alone for worker in core.workers.values() for batch in worker.batches.values())
+    assert core.suspects == waiting + alone, "suspects were miscounted"
+    assert alone <= 1, "two suspects run at once"
     for worker in core.workers.values():
         assert len(worker.batches) <= worker.lanes + 1, "a worker was sent more than its credit"
-        if any(batch.alone for batch in worker.batches.values()):
-            assert len(worker.batches) == 1, "a suspect does not run alone"
+        for batch in worker.batches.values():
+            assert {work.gpu for work in batch.works} <= {batch.line.gpu} <= {None, worker.gpu}, "on another GPU"
+            assert not batch.alone or len(worker.batches) == 1, "a suspect does not run alone"
+
+
+def _waiting(line: Line) -> list[Work]:
+    return [*line.queue, *(work for suspect in line.suspects for work in suspect.works)]
 
 
 def _validate_works(core: Core, model: Model, works: list[Work], state: State) -> None:

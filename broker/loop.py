@@ -67,9 +67,9 @@ BYE_LINGER_MS: Final = 5000
 
 
 class _Peer:
-    """A lifeline, and the process behind it."""
+    """A lifeline, and the process behind it.  `told`: the supervisor knows why it must end."""
 
-    __slots__ = ("direct", "joined", "number", "outbox", "pid", "pidfd", "sock", "worker")
+    __slots__ = ("direct", "joined", "number", "outbox", "pid", "pidfd", "sock", "told", "worker")
 
     def __init__(self, number: int, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         self.number = number
@@ -78,6 +78,7 @@ class _Peer:
         self.pid = pid
         self.worker = worker
         self.direct = self.joined = worker is not None  # `direct`: its messages go over the lifeline
+        self.told = False
         self.outbox: deque[bytes] = deque()
 
 
@@ -94,6 +95,7 @@ class Loop:
             config.layout.models,
             max_slots_per_producer=config.max_slots_per_producer,
             max_delay_us=config.max_delay_us,
+            gpus=config.gpus,
             name=config.name,
             epoch=config.epoch,
             arena_bytes=config.layout.segment_bytes,
@@ -251,6 +253,8 @@ class Loop:
                 self._cut_off(peer)
             elif peer.direct:
                 self._take_messages(peer.number, frame)
+                if peer.worker is not None:
+                    self._pass_on_reason(peer, peer.worker)
             else:
                 self._greet_direct(peer, frame)
 
@@ -338,6 +342,13 @@ class Loop:
                 self._decide(e.WorkerEnded(peer.number, message.reason))
                 self._forget(peer)
                 return
+
+    def _pass_on_reason(self, peer: _Peer, number: int) -> None:
+        """Tell the supervisor why a worker must end, once, as soon as it has said so."""
+        worker = self._core.workers.get(peer.number)
+        if worker is not None and worker.said and not peer.told:
+            peer.told = True
+            self._tell(c.WorkerSaid(number, worker.said))
 
     def _tell(self, message: c.Control) -> None:
         lifeline.send_packet(self._control, message)

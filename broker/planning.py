@@ -1,4 +1,7 @@
-"""From settings and models to a layout: how many slots, how large a batch, and whether they fit."""
+"""From settings, GPUs and models to a layout: how many slots, how large a batch, and whether they fit.
+
+GPUs and models are looked at by children, so that neither CUDA nor an engine is ever loaded into the supervisor.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,30 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
 from trtpool.ipc import errors
-from trtpool.ipc.errors import ConfigError, ModelError, StartFailed, TrtpoolError
+from trtpool.ipc.arena import HUGE_PAGE_BYTES
+from trtpool.ipc.errors import ConfigError, DeviceUnavailable, ModelError, StartFailed, TrtpoolError
 from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.process import describe_exit
-from trtpool.ipc.settings import DEFAULT_MAX_BATCH, InspectRequest, PoolSettings, Refusal
+from trtpool.ipc.settings import DEFAULT_MAX_BATCH, GpuInfo, InspectRequest, PoolSettings, Refusal
 from trtpool.ipc.tensors import ModelSpec
 
-LANES: Final = 1
-"""Batches that a CPU worker runs at once."""
+from .gpus import gpu_environment
+
+CPU_LANES: Final = 1
+"""Batches that a worker on the CPU runs at once."""
+
+PLAN_HEADERS: Final = (b"ftrt", b"vtrt")
+"""How TensorRT plans begin, as seen in every version; undocumented."""
+
+PLAN_SUFFIXES: Final = (".plan", ".engine", ".trt")
+
+Waiting = Callable[[], AbstractContextManager[None]]
+"""Entered while a child is waited for; it may raise, and the child is ended."""
 
 
 def error_of(refusal: Refusal) -> TrtpoolError:
@@ -32,23 +46,48 @@ def error_of(refusal: Refusal) -> TrtpoolError:
     return StartFailed(refusal.text)
 
 
-def child_environment() -> dict[str, str]:
-    """The environment of our children: they import this very trtpool, and nothing from the current directory."""
+def child_environment(gpu: str | None = None) -> dict[str, str]:
+    """The environment of our children: they import this very trtpool, and nothing from the current directory.
+
+    Args:
+        gpu: the one GPU that the child sees, as the user names it; None for a child that needs none.
+
+    Raises:
+        DeviceUnavailable: `CUDA_VISIBLE_DEVICES` does not allow that GPU.
+    """
     package = os.fspath(Path(os.path.abspath(sys.modules["trtpool"].__file__ or "")).parent.parent)
     path = os.environ.get("PYTHONPATH")
     return {
         **os.environ,
         "PYTHONPATH": package + (os.pathsep + path if path else ""),
         "PYTHONSAFEPATH": "1",
+        **(gpu_environment(gpu) if gpu is not None else {}),
     }
+
+
+def is_plan(path: str | os.PathLike[str]) -> bool:
+    """Whether a model file is a TensorRT plan, by its first bytes or else its name; others are ONNX files."""
+    if Path(path).suffix in PLAN_SUFFIXES:
+        return True
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(4) in PLAN_HEADERS
+    except OSError:  # whoever loads it says what is wrong
+        return False
 
 
 def requests(settings: PoolSettings) -> tuple[InspectRequest, ...]:
     """How each model is to be loaded.  A shape named ``MODEL:INPUT`` goes to that model, others to the only one.
 
     Raises:
-        ConfigError: a shape for no model, or for which one is not said.
+        ConfigError: a shape for no model, or for which one is not said; a TensorRT plan without a GPU.
     """
+    if not settings.gpus:
+        plans = [Path(model.path).name for model in settings.models if is_plan(model.path)]
+        if plans:
+            raise ConfigError(
+                f"{plans[0]} is a TensorRT plan, which needs a GPU: name the GPUs to use, such as --gpus 0"
+            )
     names = [model.name for model in settings.models]
     shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
     for key, shape in settings.engine.shapes.items():
@@ -66,75 +105,125 @@ def requests(settings: PoolSettings) -> tuple[InspectRequest, ...]:
     )
 
 
+def probe(gpus: Sequence[str], waiting: Waiting = nullcontext) -> list[GpuInfo]:
+    """Have each of the GPUs that the user names looked at by a child that sees it alone.
+
+    Args:
+        gpus: such as "0" or "GPU-<uuid>".
+        waiting: see `Waiting`.
+
+    Raises:
+        DeviceUnavailable: one cannot be used, and why.
+        MissingExtra: cuda-python is not installed.
+        ConfigError: two are the same GPU.
+    """
+    answers = _ask("trtpool.workers.devices", [(b"", child_environment(gpu)) for gpu in gpus], waiting)
+    infos: list[GpuInfo] = []
+    for gpu, (answer, returncode) in zip(gpus, answers, strict=True):
+        if returncode or not answer:
+            raise DeviceUnavailable(f"--gpus {gpu}: looking at it ended with {describe_exit(returncode)}")
+        info = msgspec.convert(_read(answer, f"--gpus {gpu}: ")["gpu"], GpuInfo)
+        for other, known in zip(gpus, infos, strict=False):
+            if known.uuid == info.uuid:
+                raise ConfigError(
+                    f"--gpus {other},{gpu}: both are {info.uuid}; name each GPU once, and say --workers-per-gpu for "
+                    "more workers on it"
+                )
+        infos.append(info)
+    return infos
+
+
 def inspect(
-    wanted: Sequence[InspectRequest], waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+    wanted: Sequence[InspectRequest], waiting: Waiting = nullcontext, gpu: str | None = None
 ) -> list[ModelSpec]:
-    """Have each model looked at by a child, so that no engine is ever loaded into the supervisor.
+    """Have each model looked at by a child.
 
     Args:
         wanted: the models.
-        waiting: what is entered while their children are waited for; it may raise, and they are ended.
+        waiting: see `Waiting`.
+        gpu: the GPU that the children see, as the user names it; None without one.
 
     Raises:
         ModelError: it cannot be served.
         MissingExtra: its engine is not installed.
     """
+    environment = child_environment(gpu)
+    questions = [(msgspec.json.encode(request), environment) for request in wanted]
+    answers = _ask("trtpool.workers.inspect", questions, waiting)
+    specs = []
+    for request, (answer, returncode) in zip(wanted, answers, strict=True):
+        if returncode or not answer:
+            raise ModelError(f"{request.source.path}: looking at it ended with {describe_exit(returncode)}")
+        specs.append(msgspec.convert(_read(answer)["spec"], ModelSpec))
+    return specs
+
+
+def _ask(module: str, questions: Sequence[tuple[bytes, dict[str, str]]], waiting: Waiting) -> list[tuple[bytes, int]]:
+    """Run a child for each question, its standard input and environment; returns their answers and exit codes."""
     children: list[subprocess.Popen[bytes]] = []
     try:
-        for _ in wanted:
+        for _, environment in questions:
             child = subprocess.Popen(
-                [sys.executable, "-m", "trtpool.workers.inspect"],
+                [sys.executable, "-m", module],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=child_environment(),
+                env=environment,
                 cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
                 start_new_session=True,
             )
             children.append(child)
         with waiting():
-            answers = [
-                child.communicate(msgspec.json.encode(request))[0]
-                for child, request in zip(children, wanted, strict=True)
-            ]
+            answers = [child.communicate(question)[0] for child, (question, _) in zip(children, questions, strict=True)]
     finally:
         for child in children:
             with child:  # closes its pipes and waits for its end
                 child.kill()
-    return [_read(answer, child, request) for answer, child, request in zip(answers, children, wanted, strict=True)]
+    return [(answer, child.returncode) for answer, child in zip(answers, children, strict=True)]
 
 
-def _read(answer: bytes, child: subprocess.Popen[bytes], request: InspectRequest) -> ModelSpec:
-    if child.returncode or not answer:
-        raise ModelError(f"{request.source.path}: looking at it ended with {describe_exit(child.returncode)}")
-    outcome = json.loads(answer)
+def _read(answer: bytes, prefix: str = "") -> dict[str, Any]:
+    """A child's answer; `prefix` goes before the text of a refusal, which is raised."""
+    outcome: dict[str, Any] = json.loads(answer)
     if "refusal" in outcome:
-        raise error_of(msgspec.convert(outcome["refusal"], Refusal))
-    return msgspec.convert(outcome["spec"], ModelSpec)
+        refusal = msgspec.convert(outcome["refusal"], Refusal)
+        raise error_of(Refusal(refusal.kind, prefix + refusal.text))
+    return outcome
+
+
+def worker_count(settings: PoolSettings) -> int:
+    """Worker processes, over all GPUs."""
+    return len(settings.gpus) * settings.workers_per_gpu or settings.workers
 
 
 def lay_out(settings: PoolSettings, specs: Sequence[ModelSpec]) -> Layout:
-    """The arena for `specs`.
+    """The arena for `specs`; for huge pages, a whole number of them.
 
     Raises:
         ConfigError: a batch larger than a model takes.
     """
-    return plan([_plan_model(settings, spec) for spec in specs])
+    layout = plan([_plan_model(settings, spec) for spec in specs])
+    if not settings.huge_pages:
+        return layout
+    pages = -(-layout.segment_bytes // HUGE_PAGE_BYTES)
+    return msgspec.structs.replace(layout, segment_bytes=pages * HUGE_PAGE_BYTES)
 
 
 def _plan_model(settings: PoolSettings, spec: ModelSpec) -> ModelPlan:
     per_slot, limit = settings.items_per_slot, spec.batch_limit
-    if limit and per_slot > limit:
-        raise ConfigError(
-            f"model {spec.name!r} takes batches of at most {limit}, so --items-per-slot {per_slot} is too many; "
-            "lower it, or export the model with a larger or open batch axis"
-        )
-    if limit and settings.max_batch > limit:
-        raise ConfigError(
-            f"model {spec.name!r} takes batches of at most {limit}, so --max-batch {settings.max_batch} is too large; "
-            "lower it, or export the model with a larger or open batch axis"
-        )
+    remedy = (
+        "lower it, or build the plan for larger batches"
+        if settings.gpus
+        else ("lower it, or export the model with a larger or open batch axis")
+    )
+    for option, value in (("items-per-slot", per_slot), ("max-batch", settings.max_batch)):
+        if limit and value > limit:
+            raise ConfigError(
+                f"model {spec.name!r} takes batches of at most {limit}, so --{option} {value} is too large; {remedy}"
+            )
     max_batch = settings.max_batch or max(DEFAULT_MAX_BATCH, per_slot)
-    if limit:
-        max_batch = min(max_batch, limit)
-    items = ((LANES + 1) * settings.workers + 2) * max_batch
+    if limit and not settings.max_batch:
+        # A plan was built for its largest batch; a CPU gains little beyond the default.
+        max_batch = limit if settings.gpus else min(max_batch, limit)
+    lanes = settings.engine.lanes if settings.gpus else CPU_LANES
+    items = ((lanes + 1) * worker_count(settings) + 2) * max_batch
     return ModelPlan(spec, settings.slots or -(-items // per_slot), per_slot, max_batch)

@@ -15,12 +15,21 @@ from typing import Final
 import msgspec
 
 from trtpool.ipc.client import Client
-from trtpool.ipc.errors import ConfigError, StartFailed
+from trtpool.ipc.errors import ConfigError, DeviceUnavailable, StartFailed
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import default_root
-from trtpool.ipc.settings import DEFAULT_TRANSPORT, EngineSettings, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.settings import (
+    DEFAULT_LANES,
+    DEFAULT_TRANSPORT,
+    BuildSettings,
+    EngineSettings,
+    ModelSource,
+    PoolSettings,
+    Refusal,
+)
 
 from .control import SuperviseConfig
+from .gpus import gpu_list
 from .planning import child_environment, error_of
 
 _numbers = itertools.count(1)
@@ -38,18 +47,85 @@ def model_source(text: str | os.PathLike[str]) -> ModelSource:
     return ModelSource(os.path.abspath(path), name or Path(path).stem)
 
 
-def make_settings(models: Sequence[str | os.PathLike[str]], run_dir: Path, **options: object) -> PoolSettings:
+def make_settings(
+    models: Sequence[str | os.PathLike[str]],
+    run_dir: Path,
+    *,
+    device: str | None = None,
+    gpus: tuple[str, ...] = (),
+    workers: int | None = None,
+    engine: EngineSettings | None = None,
+    build: BuildSettings | None = None,
+    **options: object,
+) -> PoolSettings:
     """Checked settings.
 
+    Args:
+        models: files, or ``NAME=FILE``.
+        run_dir: the pool's run directory.
+        device: "cpu" or "gpu"; by default what `gpus` says.
+        gpus: see `gpu_list`; empty for a pool on the CPU.
+        workers: processes of a pool on the CPU; one by default.
+        engine: how to load the models; its `device` is set here.
+        build: how to build ONNX files for a GPU.
+        options: other fields of `PoolSettings`.
+
     Raises:
-        ConfigError: an option is out of bounds; the text says which.
+        ConfigError: an option is out of bounds, or is not for that device; the text says which.
+        DeviceUnavailable: there is no such device.
     """
+    if gpus:
+        _refuse_on_gpus(device, workers)
+    elif device == "gpu":
+        raise ConfigError("--device gpu: name the GPUs to use, such as --gpus 0")
+    elif device not in (None, "cpu"):
+        raise DeviceUnavailable(f"there is no device {device!r}; use --device cpu, or name GPUs, such as --gpus 0")
+    engine = msgspec.structs.replace(engine or EngineSettings(), device="gpu" if gpus else "cpu")
     sources = tuple(model_source(model) for model in models)
+    given = {
+        "models": sources,
+        "run_dir": os.fspath(run_dir),
+        "engine": engine,
+        "gpus": gpus,
+        "workers": 1 if workers is None else workers,
+        "build": build or BuildSettings(),
+        **options,
+    }
     try:
-        given = {"models": msgspec.to_builtins(sources), "run_dir": os.fspath(run_dir), **options}
-        return msgspec.convert(given, PoolSettings)
+        settings = msgspec.convert(msgspec.to_builtins(given), PoolSettings)
     except msgspec.ValidationError as error:
         raise ConfigError(f"a setting is not possible: {error}") from error
+    _refuse_other_devices_options(settings)
+    return settings
+
+
+def _refuse_on_gpus(device: str | None, workers: int | None) -> None:
+    if device not in (None, "gpu"):
+        raise ConfigError(f"--device {device} and --gpus contradict each other; leave one of them out")
+    if workers is not None:
+        raise ConfigError(
+            f"--workers {workers} is for the CPU; with --gpus there is one worker on each GPU, "
+            "or as many as --workers-per-gpu says"
+        )
+
+
+def _refuse_other_devices_options(settings: PoolSettings) -> None:
+    """An option that would do nothing is refused, not ignored."""
+    engine, default = settings.engine, EngineSettings()
+    if settings.gpus:
+        if engine.threads:
+            raise ConfigError(f"--threads {engine.threads} is for the CPU; leave it out with --gpus")
+        return
+    for option, is_given in (
+        ("--workers-per-gpu", settings.workers_per_gpu != 1),
+        ("--lanes", engine.lanes != default.lanes),
+        ("--flavour", engine.flavour != default.flavour),
+        ("--no-graphs", not engine.graphs),
+        ("--allow-host-code", engine.host_code),
+        ("building a plan", settings.build != BuildSettings()),
+    ):
+        if is_given:
+            raise ConfigError(f"{option} is for GPUs: name those to use, such as --gpus 0, or leave it out")
 
 
 class Pool(Client):
@@ -59,14 +135,19 @@ class Pool(Client):
     with ``pool.handle()``.
 
     Args:
-        model: an ONNX file, ``NAME=FILE``, or a list of them.
-        device: "cpu".
+        model: an ONNX file, or a TensorRT plan for a GPU; ``NAME=FILE``; or a list of them.
+        device: "cpu" or "gpu"; by default what `gpus` says.
+        gpus: the GPUs to use, such as ``0``, ``"0,1"`` or ``[0, "GPU-<uuid>"]``, numbered from 0 in this order; by
+            default the models run on the CPU.
         shapes: item shapes, by input name, for models that leave them open.
-        threads: threads in one engine call; 0 shares the machine's CPUs out among the workers.
+        threads: threads in one engine call on the CPU; 0 shares the machine's CPUs out among the workers.
+        flavour, lanes, graphs, host_code: for workers on GPUs, see `trtpool.ipc.settings.EngineSettings`.
+        build: how ONNX files are built into plans for a GPU; see `trtpool.ipc.settings.BuildSettings`.
         name: the pool's name; made up by default.
         run_dir: its run directory; by default one for that name.
-        workers, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer, drain_timeout_s:
-            see `trtpool.ipc.settings.PoolSettings`.
+        workers: processes of a pool on the CPU; 1 by default.
+        workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
+            drain_timeout_s: see `trtpool.ipc.settings.PoolSettings`.
         transport: what carries this client's messages, see `trtpool.connect`.
 
     Raises:
@@ -78,12 +159,20 @@ class Pool(Client):
         self,
         model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         *,
-        device: str = "cpu",
+        device: str | None = None,
+        gpus: int | str | Sequence[int | str] | None = None,
         shapes: Mapping[str, Sequence[int]] | None = None,
         threads: int = 0,
+        flavour: str = "",
+        lanes: int = DEFAULT_LANES,
+        graphs: bool = True,
+        host_code: bool = False,
+        build: BuildSettings | None = None,
         name: str | None = None,
         run_dir: str | os.PathLike[str] | None = None,
-        workers: int = 1,
+        workers: int | None = None,
+        workers_per_gpu: int = 1,
+        huge_pages: bool = False,
         slots: int = 0,
         items_per_slot: int = 1,
         max_batch: int = 0,
@@ -97,15 +186,24 @@ class Pool(Client):
         name = name or f"embedded-{os.getpid()}-{next(_numbers)}"
         directory = Path(os.path.abspath(run_dir)) if run_dir else default_root() / name
         models = [model] if isinstance(model, (str, os.PathLike)) else list(model)
-        engine = EngineSettings(
-            device=device, threads=threads, shapes={key: tuple(shape) for key, shape in (shapes or {}).items()}
-        )
         settings = make_settings(
             models,
             directory,
-            name=name,
-            engine=msgspec.to_builtins(engine),
+            device=device,
+            gpus=() if gpus is None else gpu_list(gpus),
             workers=workers,
+            engine=EngineSettings(
+                threads=threads,
+                shapes={key: tuple(shape) for key, shape in (shapes or {}).items()},
+                flavour=flavour,
+                lanes=lanes,
+                graphs=graphs,
+                host_code=host_code,
+            ),
+            build=build,
+            name=name,
+            workers_per_gpu=workers_per_gpu,
+            huge_pages=huge_pages,
             slots=slots,
             items_per_slot=items_per_slot,
             max_batch=max_batch,

@@ -4,7 +4,8 @@
 
     Producer --< LeaseRecord --< Work (queued, or in a batch)
     Worker --< Batch --< Work
-    Model: ring of slots, waiting requests, queue, suspects
+    Model: ring of slots, waiting requests
+    Model --< Line (one for any GPU, one for each GPU that work is pinned to): queue, suspects
 """
 
 from __future__ import annotations
@@ -70,28 +71,37 @@ class Producer:
 
 
 class Worker:
-    """A worker process. `batches` are those it has been sent and not answered."""
+    """A worker process.
 
-    __slots__ = ("batches", "device", "lanes", "peer", "pid")
+    Attributes:
+        device, lanes, gpu: see `messages.Ready`; no lanes: it is not ready.
+        batches: those it has been sent and not answered.
+        said: why it must end, in its own words; None while it goes on.
+    """
+
+    __slots__ = ("batches", "device", "gpu", "lanes", "peer", "pid", "said")
 
     def __init__(self, peer: int, pid: int) -> None:
         self.peer = peer
         self.pid = pid
         self.device = ""
         self.lanes = 0
+        self.gpu: int | None = None
         self.batches: dict[int, Batch] = {}
+        self.said: str | None = None
 
 
 class Batch:
-    """Work sent to a worker together."""
+    """Work of one line, sent to a worker together."""
 
-    __slots__ = ("alone", "attempt", "dispatched_ns", "id", "model", "runs", "works")
+    __slots__ = ("alone", "attempt", "dispatched_ns", "id", "line", "model", "runs", "works")
 
     def __init__(
-        self, batch_id: int, model: Model, works: list[Work], runs: int, attempt: int, alone: bool, now_ns: int
+        self, batch_id: int, line: Line, works: list[Work], runs: int, attempt: int, alone: bool, now_ns: int
     ) -> None:
         self.id = batch_id
-        self.model = model
+        self.line = line
+        self.model = line.model
         self.works = works
         self.runs = runs
         self.attempt = attempt
@@ -108,6 +118,38 @@ class Suspect:
         self.works = works
         self.attempt = attempt
 
+    @property
+    def queued_ns(self) -> int:
+        """When the oldest of it arrived."""
+        return min(work.queued_ns for work in self.works)
+
+
+class Line:
+    """Work of one model that waits for one GPU, or for any worker.
+
+    Attributes:
+        gpu: the pool's number for the GPU that alone may run it; None: any worker.
+        hold_until_ns: until when its oldest work last waited for a batch to fill.
+    """
+
+    __slots__ = ("gpu", "hold_until_ns", "model", "queue", "suspects")
+
+    def __init__(self, model: Model, gpu: int | None) -> None:
+        self.model = model
+        self.gpu = gpu
+        self.queue = WorkQueue(model.items_per_slot)
+        self.suspects: deque[Suspect] = deque()
+        self.hold_until_ns = 0
+
+    @property
+    def has_full_batch(self) -> bool:
+        """Whether one slot more would not fit in the next batch."""
+        return self.queue.items > self.model.max_batch - self.model.items_per_slot
+
+    def may_run_on(self, worker: Worker) -> bool:
+        """Whether the worker is on the right GPU."""
+        return self.gpu is None or self.gpu == worker.gpu
+
 
 class Totals:
     """Running sums of one model; see `ModelReport`."""
@@ -123,11 +165,11 @@ class Totals:
 
 
 class Model:
-    """One model's slots and everything that waits for it."""
+    """One model's slots and everything that waits for it.  `lines` grows by one for each GPU that work is pinned to."""
 
     __slots__ = (
-        "cap", "hold_until_ns", "index", "items_per_slot", "layout", "max_batch", "queue", "ring", "run_ns", "spares",
-        "suspects", "totals", "waiting",
+        "cap", "index", "items_per_slot", "layout", "lines", "max_batch", "ring", "run_ns", "spares", "totals",
+        "waiting",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
@@ -137,13 +179,19 @@ class Model:
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
-        self.queue = WorkQueue(layout.items_per_slot)
-        self.suspects: deque[Suspect] = deque()
+        self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()
-        self.hold_until_ns = 0
         self.spares = 0  # slots that were granted in advance, and that nothing was done with yet
         self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
+
+    def line(self, gpu: int | None) -> Line:
+        """Where work for a GPU, or for any, waits."""
+        for line in self.lines:
+            if line.gpu == gpu:
+                return line
+        self.lines.append(Line(self, gpu))
+        return self.lines[-1]
 
 
 def producer_cap(layout: ModelLayout, asked: int) -> int:

@@ -24,7 +24,7 @@ def report(core: Core) -> PoolReport:
         violations=core.violations,
         draining=core.draining,
         workers=tuple(
-            WorkerReport(worker.pid, worker.device, worker.lanes, len(worker.batches))
+            WorkerReport(worker.pid, worker.device, worker.lanes, len(worker.batches), worker.gpu)
             for worker in core.workers.values()
             if worker.lanes
         ),

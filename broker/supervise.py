@@ -32,7 +32,7 @@ def main() -> int:
             answer.close()
 
         try:
-            return supervisor.run(config.settings, announce)
+            return supervisor.run(config.settings, announce, say=log.warning)
         except TrtpoolError as error:
             if not answer.closed:
                 refusal = Refusal(type(error).__name__, str(error))

@@ -6,7 +6,8 @@ event here, and they end when it does.
 
 ::
 
-    inspect models -> lay out, allocate -> listen -> broker ready -> workers ready -> serve -> drain -> end
+    (look at GPUs, build plans) -> inspect models -> lay out, allocate -> listen
+        -> broker ready -> workers ready -> serve -> drain -> end
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ import msgspec
 
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment
-from trtpool.ipc.errors import DeviceUnavailable, PoolClosed, StartFailed
+from trtpool.ipc.errors import PoolClosed, StartFailed, TrtpoolError, of_exit_code
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import RunDir
-from trtpool.ipc.settings import BrokerConfig, PoolSettings, WorkerConfig
+from trtpool.ipc.settings import BrokerConfig, GpuInfo, PoolSettings, WorkerConfig
 
 from . import control as c
-from .planning import child_environment, inspect, lay_out, requests
+from .planning import child_environment, inspect, is_plan, lay_out, probe, requests, worker_count
 
 log = logging.getLogger("trtpool.supervisor")
 
@@ -47,13 +48,18 @@ END_GRACE_S: Final = 10.0
 """How long children may take to end after the last message."""
 
 
+HEAR_OUT_S: Final = 1.0
+"""How long the broker may take to pass on what a worker said before it ended."""
+
+
 class Started(NamedTuple):
-    """What is running, when it is."""
+    """What is running, when it is; `workers` counts the processes, the same number on each GPU."""
 
     name: str
     run_dir: Path
     layout: Layout
     workers: int
+    gpus: tuple[GpuInfo, ...] = ()
 
 
 class Stopped(Exception):
@@ -61,11 +67,21 @@ class Stopped(Exception):
 
 
 class _Worker:
-    """One place for a worker, and the process that fills it now."""
+    """One place for a worker, and the process that fills it now.
 
-    def __init__(self, index: int) -> None:
-        self.index = index
+    Attributes:
+        gpu: the pool's number for its GPU; None on the CPU.
+        name: what users call it.
+        number: what the broker calls its process; never reused.
+        said: why its process had to end, in its own words.
+        failures: how often in a row its process ended without having been ready.
+    """
+
+    def __init__(self, index: int, gpu: int | None) -> None:
+        self.gpu = gpu
+        self.name = f"worker {index + 1}" + ("" if gpu is None else f" on GPU {gpu}")
         self.number = 0
+        self.said = ""
         self.process: subprocess.Popen[bytes] | None = None
         self.ready = False
         self.failures = 0
@@ -78,18 +94,24 @@ class Supervisor:
     Args:
         settings: which.
         announce: called when the pool serves.
+        say: called with a line for the user about what takes long before that.
     """
 
-    def __init__(self, settings: PoolSettings, announce: Callable[[Started], None]) -> None:
+    def __init__(self, settings: PoolSettings, announce: Callable[[Started], None], say: Callable[[str], None]) -> None:
         self._requests = requests(settings)
         self._settings = settings
         self._announce = announce
+        self._say = say
         self._stack = contextlib.ExitStack()
         self._epoll = select.epoll()
         self._stack.callback(self._epoll.close)
         self._children: dict[int, tuple[subprocess.Popen[bytes], _Worker | None]] = {}
-        self._workers = [_Worker(index) for index in range(settings.workers)]
+        self._workers = [
+            _Worker(index, index // settings.workers_per_gpu if settings.gpus else None)
+            for index in range(worker_count(settings))
+        ]
         self._next_worker = 1
+        self._hears_broker = True
         self._broker_ready = self._drained = False
         self._serving = False
         self._stop_asked = 0
@@ -152,16 +174,12 @@ class Supervisor:
     # ------------------------------------------------------------------ starting
 
     def _start(self) -> None:
-        settings = self._settings
-        if settings.engine.device != "cpu":
-            raise DeviceUnavailable(
-                f"device {settings.engine.device!r} cannot be used: this version runs models on the CPU; "
-                "use --device cpu"
-            )
-        run_dir = RunDir.claim(Path(settings.run_dir))
+        run_dir = RunDir.claim(Path(self._settings.run_dir))
         self._stack.callback(run_dir.release)
-        layout = lay_out(settings, inspect(self._requests, self._interrupts))
-        arena_fd = create_segment(layout.segment_bytes)
+        gpus = self._look_at_gpus()
+        settings = self._settings
+        layout = lay_out(settings, inspect(self._requests, self._interrupts, next(iter(settings.gpus), None)))
+        arena_fd = create_segment(layout.segment_bytes, huge_pages=settings.huge_pages)
         self._stack.callback(os.close, arena_fd)
         listener = self._stack.enter_context(lifeline.listen(run_dir.path))
         self._start_broker(layout, listener, arena_fd)
@@ -170,16 +188,30 @@ class Supervisor:
             self._start_worker(worker)
         self._wait_for(lambda: all(worker.ready for worker in self._workers))
         self._serving = True
-        self._announce(Started(settings.name, run_dir.path, layout, len(self._workers)))
+        self._announce(Started(settings.name, run_dir.path, layout, len(self._workers), gpus))
+
+    def _look_at_gpus(self) -> tuple[GpuInfo, ...]:
+        """What the GPUs are; from here on all models are plans for them."""
+        settings = self._settings
+        if not settings.gpus:
+            return ()
+        gpus = tuple(probe(settings.gpus, self._interrupts))
+        if not all(is_plan(model.path) for model in settings.models):
+            from .building import ensure_plans
+
+            self._settings = ensure_plans(settings, gpus, self._say, self._interrupts)
+            self._requests = requests(self._settings)
+        return gpus
 
     def _spawn(self, module: str, config: msgspec.Struct, fds: list[int], worker: _Worker | None) -> int:
         """Start a child; returns a pidfd of it, which the epoll watches."""
+        gpu = None if worker is None or worker.gpu is None else self._settings.gpus[worker.gpu]
         child = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=2,
             pass_fds=fds,
-            env=child_environment(),
+            env=child_environment(gpu),
             cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
             start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain
         )
@@ -214,13 +246,18 @@ class Supervisor:
         self._epoll.register(ours.fileno(), select.EPOLLIN)
 
     def _start_worker(self, worker: _Worker) -> None:
-        worker.number, worker.ready = self._next_worker, False
+        worker.number, worker.ready, worker.said = self._next_worker, False, ""
         self._next_worker += 1
         brokers, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with brokers, workers:
             cpus = max(1, len(os.sched_getaffinity(0)) // len(self._workers))
             config = WorkerConfig(
-                parent_pid=os.getpid(), lifeline_fd=workers.fileno(), models=self._requests, cpus=cpus
+                parent_pid=os.getpid(),
+                lifeline_fd=workers.fileno(),
+                models=self._requests,
+                cpus=cpus,
+                name=worker.name,
+                gpu=worker.gpu,
             )
             pidfd = self._spawn("trtpool.workers", config, [workers.fileno()], worker)
             child = worker.process = self._children[pidfd][0]
@@ -263,6 +300,8 @@ class Supervisor:
                 self._child_ended(fd)
 
     def _read_control(self) -> None:
+        if not self._hears_broker:
+            return
         try:
             data, _ = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -270,6 +309,7 @@ class Supervisor:
         except ConnectionError:
             data = b""
         if not data:
+            self._hears_broker = False
             self._epoll.unregister(self._control.fileno())  # the broker's end follows
             return
         message = c.decode(data)
@@ -277,9 +317,13 @@ class Supervisor:
             self._broker_ready = True
         elif isinstance(message, c.IsDrained):
             self._drained = True
-        elif isinstance(message, c.WorkerIsReady):
+        elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid)):
             for worker in self._workers:
-                if worker.number == message.worker:
+                if worker.number != message.worker:
+                    continue
+                if isinstance(message, c.WorkerSaid):
+                    worker.said = message.text
+                else:
                     worker.ready, worker.failures = True, 0
 
     def _tell(self, message: c.Control, fds: list[int] | None = None) -> None:
@@ -290,7 +334,8 @@ class Supervisor:
         child, worker = self._children.pop(pidfd)
         self._epoll.unregister(pidfd)
         os.close(pidfd)
-        how = describe_exit(child.wait())
+        returncode = child.wait()
+        how = describe_exit(returncode)
         if worker is None:
             if not self._drained:
                 raise (PoolClosed if self._serving else StartFailed)(
@@ -301,13 +346,24 @@ class Supervisor:
             return
         worker.process = None
         self._tell(c.WorkerGone(worker.number, how))
+        if returncode > 0:  # neither well nor by a signal, so it may have said why
+            self._hear_out(worker)
         if not self._serving:
-            raise StartFailed(f"worker {worker.index} did not become ready: {how}; what it said is above")
+            raise _start_error(worker, returncode)
         if not self._drained:
             pause = BACK_OFF_S[min(worker.failures, len(BACK_OFF_S) - 1)]
             worker.failures += not worker.ready
             worker.start_at = time.monotonic() + (pause if worker.failures else 0)
-            log.error("worker %d ended: %s; another is started", worker.index, how)
+            log.error("%s ended: %s; another is started", worker.name, worker.said or how)
+
+    def _hear_out(self, worker: _Worker) -> None:
+        """Wait for what a worker said before it ended: the broker reads that, at the latest when told of the end."""
+        deadline = time.monotonic() + HEAR_OUT_S
+        poller = select.poll()
+        poller.register(self._control, select.POLLIN)
+        while not worker.said and self._hears_broker and (left := deadline - time.monotonic()) > 0:
+            if poller.poll(left * 1000):
+                self._read_control()
 
     # ------------------------------------------------------------------ stopping
 
@@ -335,6 +391,14 @@ class Supervisor:
         self._children.clear()
 
 
-def run(settings: PoolSettings, announce: Callable[[Started], None]) -> int:
+def _start_error(worker: _Worker, returncode: int) -> TrtpoolError:
+    """Why a worker did not become ready."""
+    if worker.said:
+        return of_exit_code(returncode)(f"{worker.name}: {worker.said}")
+    how = describe_exit(returncode)
+    return StartFailed(f"{worker.name} did not become ready: {how}; what it said is above")
+
+
+def run(settings: PoolSettings, announce: Callable[[Started], None], say: Callable[[str], None]) -> int:
     """Run a pool in this process until it is stopped; see `Supervisor.run`."""
-    return Supervisor(settings, announce).run()
+    return Supervisor(settings, announce, say).run()

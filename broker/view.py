@@ -46,7 +46,8 @@ def show_report(report: PoolReport) -> None:
         f"{report.producers} clients, {report.violations} protocol violations"
     )
     for worker in report.workers:
-        console.print(f"worker {worker.pid} on {worker.device}: {worker.batches_in_flight} batches in flight")
+        place = worker.device if worker.gpu is None else f"gpu {worker.gpu}, {worker.device}"
+        console.print(f"worker {worker.pid} on {place}: {worker.batches_in_flight} batches in flight")
     for model in report.models:
         table = Table(title=model.name, show_header=False, title_justify="left")
         for name, text in _model_rows(model):

@@ -115,6 +115,7 @@ class Client:
         *,
         model: str | None = None,
         timeout_s: float | None = None,
+        gpu: int | None = None,
         **arrays: npt.ArrayLike,
     ) -> dict[str, npt.NDArray[Any]]:
         """Run one item, or an array of items, and return copies of the outputs: ``pool.infer(x=array)``.
@@ -126,12 +127,13 @@ class Client:
                 have one more axis in front, of any length.
             model: see `lease`.
             timeout_s: seconds for each step: waiting for slots, and for each result.
+            gpu: see `Lease.submit`.
 
         Returns:
             Output arrays by name, with the same axis in front, if any.
 
         Raises:
-            InvalidInput: a missing or unknown name, a wrong shape or dtype.
+            InvalidInput: a missing or unknown name, a wrong shape or dtype, no such GPU.
             PoolBusy, PoolClosed, WorkError: see `lease` and `Submitted.result`.
             TimeoutError: a result did not come in time.
         """
@@ -142,7 +144,7 @@ class Client:
             spec.name: np.empty((1 if items is None else items, *spec.shape), spec.numpy_dtype)
             for spec in layout.spec.outputs
         }
-        Inference(self.session, index, checked, outputs, 1 if items is None else items, timeout_s).run()
+        Inference(self.session, index, checked, outputs, 1 if items is None else items, timeout_s, gpu).run()
         return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
 
     def map(
@@ -155,6 +157,7 @@ class Client:
         model: str | None = None,
         timeout_s: float | None = None,
         return_exceptions: bool = False,
+        gpu: int | None = None,
     ) -> Iterator[tuple[T, Result]]:
         """Stream items through the pool: ``for item, result in pool.map(write, items): ...``.
 
@@ -167,6 +170,7 @@ class Client:
             model: see `lease`.
             timeout_s: seconds to wait for each lease and each result.
             return_exceptions: yield the `WorkError` of an item that failed in place of its result.
+            gpu: see `Lease.submit`.
 
         Yields:
             The item and its `Result`, whose arrays are valid until the next one is asked for: copy what you keep.
@@ -180,7 +184,17 @@ class Client:
             raise InvalidInput(f"map() takes a window of at least 1, got {window}")
         self.session.check_process()
         index = self.model_index(model)
-        return Mapper(self.session, index, write, items, window, ordered, timeout_s, return_exceptions).run()
+        return Mapper(
+            self.session,
+            index,
+            write,
+            items,
+            window,
+            ordered=ordered,
+            timeout_s=timeout_s,
+            return_exceptions=return_exceptions,
+            gpu=gpu,
+        ).run()
 
     def status(self) -> PoolReport:
         """The pool's figures.

@@ -173,3 +173,17 @@ class ProtocolError(TrtpoolError):
     """A peer sent something that the protocol does not allow."""
 
     exit_code = 30
+
+
+def of_exit_code(code: int) -> type[TrtpoolError]:
+    """The error that a process of ours ended with, by its exit code; `StartFailed` for a code of no single error."""
+    return _BY_EXIT_CODE.get(code, StartFailed)
+
+
+_BY_EXIT_CODE = {
+    kind.exit_code: kind
+    for kind in (
+        ConfigError, ModelError, ArenaTooLarge, RunDirError, NameInUse, DeviceUnavailable, MissingExtra,
+        PoolNotFound, AccessDenied, PoolBusy, PoolClosed, StartFailed, ProtocolError,
+    )
+}  # fmt: skip

@@ -110,7 +110,9 @@ class Claim:
             shape = (model.items_per_slot, *shape)
         if row is None:
             shape = (self.count, *shape)
-        offset = plane.offset + (self.first + (row or 0)) * model.row_bytes(plane)
+        row_bytes = model.row_bytes(plane)
+        offset = plane.offset + (self.first + (row or 0)) * row_bytes
+        self.session.residence.touch(offset, row_bytes if row is not None else self.count * row_bytes)
         return np.ndarray(shape, plane.spec.numpy_dtype, self.root(), offset)
 
     def split(self, at: int, count: int) -> Claim:
@@ -217,19 +219,21 @@ class Lease:
         claim = self._claim
         return Tensors(claim, claim.session.models[claim.model_index].inputs, LEASED, self._row)
 
-    def submit(self, *, items: int | None = None, deadline_s: float | None = None) -> Submitted:
+    def submit(self, *, items: int | None = None, deadline_s: float | None = None, gpu: int | None = None) -> Submitted:
         """Queue the slots; the inputs must be written.
 
         Args:
             items: items in all the slots together when the last is not full.
             deadline_s: seconds from now after which the work is dropped if it has not started.
+            gpu: the one GPU that may run it, counted from 0 in the order of the pool's ``--gpus``; None: any, which
+                keeps them all busy.
 
         Raises:
             SpentHandle: submitted or released before.
-            InvalidInput: `items` does not fill all slots but the last.
+            InvalidInput: `items` does not fill all slots but the last, or the pool has no such GPU.
             PoolClosed: the pool ended.
         """
-        return self._claim.session.submit(self._claim, self._row, items, deadline_s)
+        return self._claim.session.submit(self._claim, self._row, items, deadline_s, gpu)
 
     def slots(self) -> list[Lease]:
         """One handle for each slot, to submit and release each by itself; this one is spent."""
@@ -263,9 +267,9 @@ class Leases(list[Lease]):
         """One handle for each slot; the runs are spent."""
         return [slot for lease in self for slot in lease.slots()]
 
-    def submit(self, *, deadline_s: float | None = None) -> list[Submitted]:
-        """Queue all runs, full."""
-        return [lease.submit(deadline_s=deadline_s) for lease in self]
+    def submit(self, *, deadline_s: float | None = None, gpu: int | None = None) -> list[Submitted]:
+        """Queue all runs, full; see `Lease.submit`."""
+        return [lease.submit(deadline_s=deadline_s, gpu=gpu) for lease in self]
 
     def release(self) -> None:
         """Give all slots back."""

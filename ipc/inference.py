@@ -33,7 +33,7 @@ class Inference:
         model: its number.
         inputs, outputs: arrays by name, whose first axis counts items.
         total: items.
-        timeout_s: see `Client.infer`.
+        timeout_s, gpu: see `Client.infer`.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class Inference:
         outputs: Mapping[str, npt.NDArray[Any]],
         total: int,
         timeout_s: float | None,
+        gpu: int | None,
     ) -> None:
         self._session = session
         self._model = model
@@ -51,6 +52,7 @@ class Inference:
         self._outputs = outputs
         self._total = total
         self._timeout_s = timeout_s
+        self._gpu = session.check_gpu(gpu)
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.room(model)))
@@ -98,7 +100,7 @@ class Inference:
                 end = min(self._total, self._start + lease.count * self._per_slot)
                 for name, array in self._inputs.items():
                     self._items_of(lease.inputs[name])[: end - self._start] = array[self._start : end]
-                self._in_flight.append(_Span(lease.submit(items=end - self._start), self._start, end))
+                self._in_flight.append(_Span(lease.submit(items=end - self._start, gpu=self._gpu), self._start, end))
                 self._start = end
         except BaseException:
             leases.release()

@@ -8,7 +8,11 @@ import sys
 
 
 def set_up_logging(who: str) -> None:
-    """Log to standard error at the level that `$TRTPOOL_LOG` names, by default "warning"."""
+    """Log to standard error at the level that `$TRTPOOL_LOG` names, by default "warning".
+
+    Args:
+        who: what each line names as its source, beside the pid, such as "worker 1 on GPU 0".
+    """
     level = os.environ.get("TRTPOOL_LOG", "warning").upper()
     logging.basicConfig(
         stream=sys.stderr,

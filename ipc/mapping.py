@@ -47,9 +47,11 @@ class Mapper(Generic[T]):
         write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
         items: Iterable[T],
         window: int,
+        *,
         ordered: bool,
         timeout_s: float | None,
         return_exceptions: bool,
+        gpu: int | None,
     ) -> None:
         self._session = session
         self._model = model
@@ -58,6 +60,7 @@ class Mapper(Generic[T]):
         self._ordered = ordered
         self._timeout_s = timeout_s
         self._return_exceptions = return_exceptions
+        self._gpu = session.check_gpu(gpu)
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._planes = session.models[model].inputs
@@ -181,7 +184,7 @@ class Mapper(Generic[T]):
     def _submit(self, claim: Claim, batch: list[T], items: int) -> None:
         again = 0 if self._exhausted else claim.count
         try:
-            submitted = self._session.submit_again(claim, None, items, None, again)
+            submitted = self._session.submit_again(claim, None, items, None, again, self._gpu)
         except BaseException:
             claim.release()
             raise

@@ -1,19 +1,21 @@
-"""Watching processes by pidfd, which a reused pid cannot confuse.
+"""Children and parents: watching processes by pidfd, which a reused pid cannot confuse; answering a parent.
 
 See pidfd_open(2) and, for `SO_PEERPIDFD` (Linux 6.5), unix(7).
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import signal
 import socket
 import struct
+import sys
 import threading
-from collections.abc import Callable
-from typing import Final, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, Final, NamedTuple
 
 SO_PEERPIDFD: Final = 77  # not in the socket module yet
 
@@ -104,3 +106,12 @@ def tie_to_parent(parent_pid: int, on_end: Callable[[], None] | None = None) -> 
         end()
 
     threading.Thread(target=watch, name="trtpool-parent", daemon=True).start()
+
+
+@contextlib.contextmanager
+def only_answer() -> Iterator[BinaryIO]:
+    """Standard output, for our answer alone: what libraries print, native ones too, goes to standard error from now."""
+    answer_fd = os.dup(sys.stdout.fileno())
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    with os.fdopen(answer_fd, "wb") as out:
+        yield out

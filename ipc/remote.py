@@ -94,10 +94,11 @@ class PoolHandle:
         *,
         model: str | None = None,
         timeout_s: float | None = None,
+        gpu: int | None = None,
         **arrays: npt.ArrayLike,
     ) -> dict[str, npt.NDArray[Any]]:
         """See `Client.infer`."""
-        return self.client.infer(inputs, model=model, timeout_s=timeout_s, **arrays)
+        return self.client.infer(inputs, model=model, timeout_s=timeout_s, gpu=gpu, **arrays)
 
     def map(
         self,
@@ -109,6 +110,7 @@ class PoolHandle:
         model: str | None = None,
         timeout_s: float | None = None,
         return_exceptions: bool = False,
+        gpu: int | None = None,
     ) -> Iterator[tuple[T, Result]]:
         """See `Client.map`."""
         return self.client.map(
@@ -119,6 +121,7 @@ class PoolHandle:
             model=model,
             timeout_s=timeout_s,
             return_exceptions=return_exceptions,
+            gpu=gpu,
         )
 
     def status(self) -> PoolReport:

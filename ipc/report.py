@@ -49,12 +49,13 @@ class ModelReport(msgspec.Struct, frozen=True):
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
-    """One worker that is ready."""
+    """One worker that is ready; `gpu` is the pool's number for its GPU, None on the CPU."""
 
     pid: int
     device: str
     lanes: int
     batches_in_flight: int
+    gpu: int | None = None
 
 
 class PoolReport(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from . import messages as m
-from .arena import map_segment
+from .arena import Residence, map_segment
 from .errors import ForkedClient, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
 from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, Plane
@@ -112,7 +112,8 @@ class Session:
     Attributes:
         pool: its name.
         layout: its models and their planes.
-        segment: the mapped arena.
+        gpus: how many GPUs it has; 0 on the CPU.
+        segment, residence: the mapped arena.
         models: what is kept of each model.
         forked: this process is a child of the one that connected.
         closed: `close` was called.
@@ -134,8 +135,10 @@ class Session:
         except BaseException:
             lifeline.close()
             raise
+        self.residence = Residence(self.segment)
         self.pool = description.pool
         self.layout: Layout = description.layout
+        self.gpus = description.gpus
         self.link = TRANSPORTS[transport](lifeline, description)
         self.models = [
             ModelState({p.spec.name: p for p in model.inputs}, {p.spec.name: p for p in model.outputs}, cap)
@@ -314,17 +317,43 @@ class Session:
 
     # ------------------------------------------------------------------ work
 
-    def submit(self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None) -> Submitted:
+    def check_gpu(self, gpu: int | None) -> int | None:
+        """`gpu` as an int, or None.
+
+        Raises:
+            InvalidInput: the pool has no such GPU.
+        """
+        if gpu is None:
+            return None
+        number = operator.index(gpu)
+        if not 0 <= number < self.gpus:
+            if not self.gpus:
+                has = "the pool runs on the CPU, so gpu= must be left out"
+            else:
+                has = f"the pool has GPU{'s 0 to' if self.gpus > 1 else ''} {self.gpus - 1}"
+            raise InvalidInput(f"there is no GPU {number}: {has}")
+        return number
+
+    def submit(
+        self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None, gpu: int | None
+    ) -> Submitted:
         """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slot with the result."""
         state = self.models[claim.model_index]
         again = claim.count if state.steps > 1 and state.step == claim.count and not state.spares else 0
-        return self.submit_again(claim, row, items, deadline_s, again)
+        return self.submit_again(claim, row, items, deadline_s, again, gpu)
 
     def submit_again(
-        self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None, again: int
+        self,
+        claim: Claim,
+        row: int | None,
+        items: int | None,
+        deadline_s: float | None,
+        again: int,
+        gpu: int | None,
     ) -> Submitted:
         """Queue a claim and ask for `again` slots to be granted with the result."""
         self.check_process()
+        gpu = self.check_gpu(gpu)
         per_slot = claim.model.items_per_slot
         full = claim.count * per_slot
         given = full if items is None else operator.index(items)
@@ -342,7 +371,7 @@ class Session:
             submitted = Submitted(claim, row, seq, given)
             claim.state = SUBMITTED
             self._pending[seq] = submitted
-            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again))
+            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu))
         return submitted
 
     def cancel(self, claim: Claim) -> None:

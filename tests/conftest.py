@@ -3,8 +3,8 @@
 The net (`timeout` in pyproject.toml) is far above what any test needs.  It raises in the test, so that
 fixtures still end their children; it is no assertion about speed.
 
-GPU tests carry `@pytest.mark.gpu` and import what they need inside.  Without a GPU they are skipped; where
-one was promised (``TRTPOOL_REQUIRE_GPU=1``) every skip of theirs is a failure.
+GPU tests carry `@pytest.mark.gpu`, and `@pytest.mark.gpu2` too if they need two.  Without them they are skipped; where
+so many were promised (``TRTPOOL_REQUIRE_GPU=1``, or 2) every skip of theirs is a failure.
 
 Tests with real processes carry `@pytest.mark.system`, as all in tests/system do by themselves.  What they
 start inherits a mark in its environment, by which survivors are found wherever they were re-parented to,
@@ -55,8 +55,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 # --- GPU -----------------------------------------------------------------------------------------
 
 
-def gpu_required() -> bool:
-    return os.environ.get("TRTPOOL_REQUIRE_GPU", "0") not in ("", "0")
+def gpus_promised() -> int:
+    return int(os.environ.get("TRTPOOL_REQUIRE_GPU") or 0)
+
+
+def gpus_needed(item: pytest.Item) -> int:
+    return 2 if item.get_closest_marker("gpu2") else 1 if item.get_closest_marker("gpu") else 0
 
 
 @functools.cache
@@ -73,14 +77,15 @@ def gpu_count() -> int:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if item.get_closest_marker("gpu") and not gpu_count():
-        pytest.skip("no CUDA device")
+    needed = gpus_needed(item)
+    if needed and gpu_count() < needed:
+        pytest.skip(f"{gpu_count()} CUDA devices, {needed} needed")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and gpu_required() and item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
+    if report.skipped and 0 < gpus_needed(item) <= gpus_promised() and not hasattr(report, "wasxfail"):
         report.outcome = "failed"
         report.longrepr = f"TRTPOOL_REQUIRE_GPU is set, and yet: {report.longrepr}"
     return report

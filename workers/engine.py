@@ -70,5 +70,32 @@ class Engine(Protocol):
         """Free the device memory.  Calling it again does nothing."""
 
 
+class LaneEngine(Engine, Protocol):
+    """An engine that has several batches in flight, each on a lane of its own.
+
+    `run` is `launch` on lane 0 and `wait` for it.
+    """
+
+    @property
+    def lanes(self) -> int:
+        """How many batches it can have in flight; known after `bind`."""
+
+    def launch(self, lane: int, batch: Sequence[Rows]) -> None:
+        """Enqueue a batch on a lane that is free, and return at once.
+
+        Raises:
+            EngineError: the batch was refused or failed; nothing of it runs any more.
+        """
+
+    def wait(self, lane: int) -> Times:
+        """Block until the batch on `lane` has ended, with its outputs written; the lane is free then.
+
+        Other threads run meanwhile, and may launch on other lanes.
+
+        Raises:
+            EngineError: it failed; the outputs are undefined.
+        """
+
+
 class EngineError(Exception):
     """The engine refused or failed a batch; the text is the engine's own."""

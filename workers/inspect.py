@@ -20,11 +20,11 @@ import sys
 import msgspec
 
 from trtpool.ipc.errors import ProtocolError, TrtpoolError
-from trtpool.ipc.process import tie_to_parent
+from trtpool.ipc.process import only_answer, tie_to_parent
 from trtpool.ipc.settings import InspectRequest, Refusal
 from trtpool.ipc.tensors import ModelSpec
 
-from .onnx_engine import OnnxEngine
+from .loading import load
 
 
 def inspect(request: bytes) -> dict[str, ModelSpec | Refusal]:
@@ -40,7 +40,7 @@ def _spec(request: bytes) -> ModelSpec:
         asked = msgspec.json.decode(request, type=InspectRequest)
     except msgspec.DecodeError as error:
         raise ProtocolError(f"not an InspectRequest: {error}") from error
-    engine = OnnxEngine(asked.source, asked.engine)
+    engine = load(asked)
     try:
         return engine.spec
     finally:
@@ -50,11 +50,8 @@ def _spec(request: bytes) -> ModelSpec:
 def main() -> None:
     """Answer the request on standard input."""
     tie_to_parent(os.getppid())
-    answer_fd = os.dup(sys.stdout.fileno())
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries, native ones too, may print what they like
-    answer = msgspec.json.encode(inspect(sys.stdin.buffer.read()))
-    with os.fdopen(answer_fd, "wb") as out:
-        out.write(answer + b"\n")
+    with only_answer() as out:
+        out.write(msgspec.json.encode(inspect(sys.stdin.buffer.read())) + b"\n")
 
 
 if __name__ == "__main__":

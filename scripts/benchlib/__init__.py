@@ -5,6 +5,10 @@
     cli -> cases -> poolside, baselines, latency -> crew, workload
         -> report
 
+    cli -> gpu_cli -> gpu_cases -> gpu_stage -> gpu_loops, gpu_today, gpu_pool -> gpu_raw, gpu_items, gpu_window
+                   -> gpu_report -> gpu_results
+                   -> gpu_watch
+
 Rules that every case keeps:
 
 * All contenders of a case are up at once, idle ones cost nothing, and they take turns: one
@@ -14,4 +18,7 @@ Rules that every case keeps:
 * A producer writes each input and checks each result.  A window ends when everything that was
   sent in it has come back; that time is counted.
 * CPU seconds are those of all processes of a contender, from ``/proc/PID/stat``.
+
+With ``--gpu`` each contender lives in a process of its own, and a window lies between two marks with work before and
+after it, see `gpu_window`: what is compared there differs by 1 %, and not by 2 times.
 """

@@ -46,7 +46,11 @@ def everything(core: Core) -> bytes:
         for producer in core.producers.values()
         for lease in producer.leases.values()
     ]
-    queued = [[(work.first, work.count, work.items) for work in model.queue] for model in core.models]
+    queued = [
+        [(line.gpu, work.first, work.count, work.items) for work in line.queue]
+        for model in core.models
+        for line in model.lines
+    ]
     batches = [(worker.peer, list(worker.batches)) for worker in core.workers.values()]
     return msgspec.json.encode((figures, repr((leases, queued, batches)), core.next_timer_ns()))
 
@@ -54,9 +58,13 @@ def everything(core: Core) -> bytes:
 class Rig:
     """See the module.  Peers 1 to 9 are producers in these tests, from 10 on workers."""
 
-    def __init__(self, *sizes: tuple[int, int, int], max_delay_us: int = 0, cap: int = 0) -> None:
+    def __init__(self, *sizes: tuple[int, int, int], max_delay_us: int = 0, cap: int = 0, gpus: int = 0) -> None:
         self.core = Core(
-            layouts(*sizes or [(16, 1, 4)]), max_delay_us=max_delay_us, max_slots_per_producer=cap, started_ns=MS
+            layouts(*sizes or [(16, 1, 4)]),
+            max_delay_us=max_delay_us,
+            max_slots_per_producer=cap,
+            gpus=gpus,
+            started_ns=MS,
         )
         self.now_ns = MS
 
@@ -69,9 +77,9 @@ class Rig:
         for peer in peers:
             assert sent(self.do(e.ProducerJoined(peer)), m.Welcome, peer)
 
-    def worker(self, peer: int = 10, lanes: int = 1) -> None:
+    def worker(self, peer: int = 10, lanes: int = 1, gpu: int | None = None) -> None:
         assert sent(self.do(e.WorkerJoined(peer, 1000 + peer)), m.Welcome, peer)
-        assert self.say(peer, m.Ready("cpu", lanes)) == [e.WorkerReady(peer)]
+        assert self.say(peer, m.Ready("cpu" if gpu is None else "a GPU", lanes, gpu)) == [e.WorkerReady(peer)]
 
     def say(self, peer: int, *messages: m.ToBroker) -> list[e.Action]:
         """What the core answers before the turn ends."""
@@ -99,11 +107,13 @@ class Rig:
         assert run.count == count
         return lease_id
 
-    def submit(self, peer: int, count: int = 1, model: int = 0, *, deadline_ns: int | None = None) -> int:
+    def submit(
+        self, peer: int, count: int = 1, model: int = 0, *, deadline_ns: int | None = None, gpu: int | None = None
+    ) -> int:
         """Lease full slots and submit them, without ending the turn; returns the lease's id."""
         lease_id = self.lease(peer, count, model)
         items = count * self.core.models[model].items_per_slot
-        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns)) == []
+        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns, 0, gpu)) == []
         return lease_id
 
     def finish(self, worker: int, run: m.Run, compute_ns: int = 2_000_000) -> list[e.Action]:

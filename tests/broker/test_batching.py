@@ -201,7 +201,7 @@ def test_remove_takes_them_out_wherever_they_stand():
 
 
 class Load:
-    """Producers that keep slots in flight, and a worker with two lanes; time is simulated, and all chance is seeded.
+    """Producers that keep slots in flight, and a worker with three lanes; time is simulated, and all chance is seeded.
 
     A producer writes one slot after the other, gives each back as soon as its result is there, and goes on with
     what the pool granted `again`; where it granted none, it asks.
@@ -212,11 +212,11 @@ class Load:
         self.random = random.Random(seed)
         self.ready: list[tuple[int, int, e.Received]] = []  # when, a number, and what a peer says then
         self.number = 0
-        self.free_lane_ns = [0, 0]
+        self.free_lane_ns = [0, 0, 0]
         self.idle_ns = [0] * (producers + 1)
         self.writing_ns = MS * producers // max_batch // 4  # together four times as fast as the worker
         self.rig.join(*range(1, producers + 1))
-        self.rig.worker(1000, lanes=2)
+        self.rig.worker(1000, lanes=3)
         for peer in range(1, producers + 1):
             self.take_in(self.rig.say(peer, *[m.Lease(1, 0, 1, None)] * in_flight))
         self.take_in(self.rig.turn())

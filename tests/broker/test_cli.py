@@ -18,7 +18,7 @@ from trtpool.broker import cli, supervisor
 from trtpool.ipc import errors, rundir
 from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
-from trtpool.ipc.settings import ModelSource, PoolSettings
+from trtpool.ipc.settings import EngineSettings, GpuInfo, ModelSource, PoolSettings
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 Run = Callable[..., int]
@@ -42,7 +42,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[PoolSettings]:
     """The settings of pools that would have been started."""
     seen: list[PoolSettings] = []
 
-    def run(settings: PoolSettings, announce: Callable[[supervisor.Started], None]) -> int:
+    def run(settings: PoolSettings, announce: Callable[[supervisor.Started], None], say: Callable[[str], None]) -> int:
         seen.append(settings)
         return 0
 
@@ -102,20 +102,63 @@ def test_defaults_are_those_of_the_settings(run, started, model, tmp_path):
 def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {
-        "workers": 2, "slots": 9, "items_per_slot": 3, "max_batch": 6, "max_delay_us": 70,
+        "slots": 9, "items_per_slot": 3, "max_batch": 6, "max_delay_us": 70,
         "max_slots_per_producer": 4, "drain_timeout_s": 1.5,
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    words += ["--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]
+    words += ["--workers=2", "--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]
+    words += ["--huge-pages"]
     assert run("start", "a=det.onnx", "b=./det.onnx", *words) == 0
     (settings,) = started
     assert settings.models == (ModelSource(str(model), "a"), ModelSource(str(model), "b"))
     assert (settings.name, settings.run_dir) == ("ocr", str(tmp_path / "there"))
-    assert (settings.engine.threads, settings.engine.shapes) == (5, {"a:x": (3, 4), "b:z": (7,)})
+    assert settings.engine == EngineSettings(threads=5, shapes={"a:x": (3, 4), "b:z": (7,)})
+    assert (settings.workers, settings.huge_pages, settings.gpus) == (2, True, ())
     assert {name: getattr(settings, name) for name in options} == options
-    # Were there an option that this test forgot, it would have its default.
-    fixed = {"models", "name", "run_dir", "engine"}
-    assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *fixed}
+    # Were there an option that this test and the next forgot, it would have its default.
+    others = {"models", "name", "run_dir", "engine", "workers", "huge_pages", "gpus", "workers_per_gpu", "build"}
+    assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *others}
+
+
+def test_every_option_for_gpus_reaches_the_settings(run, started, model, tmp_path):
+    words = ["--gpus= 1,GPU-8f3a-1", "--workers-per-gpu=2", "--lanes=5", "--flavour=rtx", "--no-graphs"]
+    assert run("start", model, "--run-dir", tmp_path, *words, "--allow-host-code") == 0
+    (settings,) = started
+    assert (settings.gpus, settings.workers_per_gpu, settings.workers) == (("1", "GPU-8f3a-1"), 2, 1)
+    assert settings.engine == EngineSettings(device="gpu", lanes=5, flavour="rtx", graphs=False, host_code=True)
+
+
+def test_gpus_alone_imply_the_device(run, started, model, tmp_path):
+    assert run("start", model, "--run-dir", tmp_path, "--gpus=0", "--device=gpu") == 0
+    assert run("start", model, "--run-dir", tmp_path, "--gpus=0") == 0
+    assert started[0] == started[1]
+    assert started[0].engine == EngineSettings(device="gpu")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--gpus=0", "--workers=2"], "as many as --workers-per-gpu says"),
+        (["--gpus=0", "--workers=1"], "as many as --workers-per-gpu says"),
+        (["--gpus=0", "--device=cpu"], "--device cpu and --gpus contradict each other"),
+        (["--gpus=0", "--threads=2"], "--threads 2 is for the CPU; leave it out"),
+        (["--device=gpu"], "name the GPUs to use, such as --gpus 0"),
+        (["--workers-per-gpu=2"], "--workers-per-gpu is for GPUs: name those to use, such as --gpus 0"),
+        (["--lanes=2"], "--lanes is for GPUs"),
+        (["--flavour=lean"], "--flavour is for GPUs"),
+        (["--no-graphs"], "--no-graphs is for GPUs"),
+        (["--allow-host-code"], "--allow-host-code is for GPUs"),
+    ],
+)
+def test_what_is_for_another_device_is_refused(words, line, run, started, model, capsys):
+    assert run("start", model, *words) == errors.ConfigError.exit_code == 3
+    assert line in only_line(capsys)
+    assert started == []
+
+
+def test_a_device_that_does_not_exist(run, started, model, capsys):
+    assert run("start", model, "--device=tpu") == errors.DeviceUnavailable.exit_code == 8
+    assert only_line(capsys).endswith("there is no device 'tpu'; use --device cpu, or name GPUs, such as --gpus 0")
 
 
 @pytest.mark.parametrize(
@@ -140,17 +183,12 @@ def test_what_is_no_shape(word, run, started, model, capsys):
     assert started == []
 
 
-@pytest.mark.parametrize("word", ["", "a", "0,", "0,0", "-1", "0;1", "gpu0", "0, ,1"])
+@pytest.mark.parametrize(
+    "word", ["", "a", "0,", "0,0", "0,00", "-1", "0;1", "gpu0", "0, ,1", "1000", "GPU-", "GPU-a b"]
+)
 def test_what_is_no_list_of_gpus(word, run, started, model, capsys):
     assert run("start", model, "--gpus", word) == 2
     assert "is not a list of different GPUs" in only_line(capsys)
-
-
-@pytest.mark.parametrize("word", ["0", "0,1", "GPU-8f3a-1,MIG-5", " 1 , 2 "])
-def test_gpus_cannot_be_used_and_it_says_so(word, run, started, model, capsys):
-    assert run("start", model, "--gpus", word) == errors.DeviceUnavailable.exit_code == 8
-    assert only_line(capsys).endswith("use --device cpu")
-    assert started == []
 
 
 # --- Errors --------------------------------------------------------------------------------------
@@ -203,11 +241,30 @@ def test_the_code_of_the_pool_is_that_of_the_command(run, model, monkeypatch):
 def test_the_announcement(capsys):
     spec = ModelSpec("det", "/m", (TensorSpec("x", "uint8", (3, 4)),), (TensorSpec("y", "float32", ()),))
     layout = plan([ModelPlan(spec, 16, 2, 8)])
+    model = "model det: x uint8 (N, 3, 4) -> y float32 (N); 16 slots of 32 B, batches of up to 8\n"
     cli._announce(supervisor.Started("ocr", Path("/run/ocr"), layout, 2))
     assert capsys.readouterr().out == (
-        "model det: x uint8 (N, 3, 4) -> y float32 (N); 16 slots of 32 B, batches of up to 8\n"
-        "ready: pool 'ocr' with 2 workers on the CPU, arena 8.0 KiB, in /run/ocr\n"
+        model + "ready: pool 'ocr' with 2 workers on the CPU, arena 8.0 KiB, in /run/ocr\n"
     )
+    gpus = tuple(
+        GpuInfo(
+            name=f"NVIDIA H{number}00",
+            uuid=f"GPU-{number}",
+            pci_bus_id="0000:17:00.0",
+            compute_capability="9.0",
+            memory_bytes=80 << 30,
+            driver=(13, 0),
+        )
+        for number in (1, 2)
+    )
+    cli._announce(supervisor.Started("ocr", Path("/run/ocr"), layout, 4, gpus))
+    assert capsys.readouterr().out == (
+        model + "GPU 0: NVIDIA H100 (GPU-1), 2 workers\n"
+        "GPU 1: NVIDIA H200 (GPU-2), 2 workers\n"
+        "ready: pool 'ocr' with 4 workers on 2 GPUs, arena 8.0 KiB, in /run/ocr\n"
+    )
+    cli._announce(supervisor.Started("ocr", Path("/run/ocr"), layout, 1, gpus[:1]))
+    assert "GPU 0: NVIDIA H100 (GPU-1), 1 worker\nready: pool 'ocr' with 1 worker on 1 GPU," in capsys.readouterr().out
 
 
 def report(**changed: Any) -> PoolReport:

@@ -222,11 +222,12 @@ def test_a_peer_that_is_not_known_is_not_answered(rig):
     assert everything(rig.core) == before
 
 
-@pytest.mark.parametrize("peer", [1, 10])
-def test_a_bye_is_courtesy(rig, peer):
+def test_a_producers_bye_is_courtesy(rig):
     before = everything(rig.core)
-    assert rig.say(peer, m.Bye("thanks")) == []
+    assert rig.say(1, m.Bye("thanks")) == []
     assert everything(rig.core) == before
+    rig.submit(1)
+    assert sent(rig.turn(), m.Run)
 
 
 # --- Leases that wait ----------------------------------------------------------------------------
@@ -403,10 +404,35 @@ def test_credit_is_the_lanes_and_one(rig):
 
 def test_batches_go_to_the_worker_with_the_fewest(rig):
     rig.worker(11, lanes=3)
-    for _ in range(8):
+    seen = []
+    for _ in range(4):
         rig.submit(1, 1)
-        rig.turn()
-    assert {worker.peer: len(worker.batches) for worker in rig.core.workers.values()} == {10: 2, 11: 4}
+        seen += [action.peer for action in rig.turn() if isinstance(action, e.Send)]
+    assert seen == [10, 11, 10, 11]
+
+
+def test_with_several_lanes_only_full_batches_go_beyond_the_two_that_a_device_works_on(rig):
+    rig = Rig((32, 2, 8))
+    rig.join(1)
+    rig.worker(lanes=3)
+    for _ in range(2):
+        rig.submit(1, 1)
+        assert run_of(rig.turn()).rows[0].items == 2
+    rig.submit(1, 3)
+    assert rig.turn() == [], "it had better grow"
+    lease = rig.lease(1)
+    rig.say(1, m.Submit(lease, 0, 1, 0, 1))
+    third = run_of(rig.turn())
+    assert third.rows[0].items == 7, "one item more would fit, and a slot more would not"
+    rig.submit(1, 5)
+    fourth = run_of(rig.turn())
+    assert (fourth.rows[0].items, rig.states()[QUEUED]) == (8, 1), "one ahead of the lanes"
+    rig.submit(1, 4)
+    assert rig.turn() == []
+    rig.finish(10, third)
+    assert run_of(rig.turn()).rows[0].items == 8
+    rig.finish(10, fourth)
+    assert rig.turn() == [], "three lanes are busy, and the batch is not full"
 
 
 def test_a_worker_that_is_not_ready_gets_nothing(rig):
@@ -432,7 +458,9 @@ def test_a_full_batch_does_not_wait_and_a_small_one_waits_its_time():
     assert rig.turn() == []
     lease = rig.lease(1)
     rig.say(1, m.Submit(lease, 0, 1, 0, 1))
-    assert run_of(rig.turn()).rows == [m.Rows(0, 2, 4, 4)]
+    full = run_of(rig.turn())
+    assert full.rows == [m.Rows(0, 2, 4, 4)]
+    rig.finish(10, full)
     rig.submit(1, 1)
     rig.do(e.Drain())
     assert sent(rig.turn(), m.Run), "a pool that stops waits for nobody"
@@ -496,7 +524,7 @@ def test_a_deadline_holds_for_what_waits_to_be_tried_again(rig):
     assert rig.states() == (12, 0, 4, 0, 0)
     done = sent(rig.turn(10 * MS), m.Done)
     assert sorted((d.first, d.count, d.status) for d in done) == [(0, 2, m.DEADLINE), (2, 2, m.DEADLINE)]
-    assert not rig.core._suspects
+    assert not rig.core.suspects
 
 
 def test_cancel_ends_what_is_queued(rig):
@@ -516,7 +544,7 @@ def test_cancel_ends_what_waits_to_be_tried_again(rig):
     lease = rig.submit(1, 4)
     rig.say(10, m.Failed(run_of(rig.turn()).batch, 0, "no"))
     assert [done.status for done in sent(rig.say(1, m.Cancel(lease, 0, 4)), m.Done)] == [m.CANCELLED] * 2
-    assert not rig.core._suspects
+    assert not rig.core.suspects
     rig.submit(1)
     assert sent(rig.turn(), m.Run), "no worker is kept for suspects that are gone"
 
@@ -666,7 +694,7 @@ def poisoned(poison: set[int], slots: int, *, deadly: bool, workers: int, items_
     assert all(f"tried alone {MAX_ATTEMPTS} times" in text for text in failed.values())
     assert tried_alone == Counter(dict.fromkeys(poison, MAX_ATTEMPTS))
     assert rig.figures().failed_items == len(poison) * items_per_slot
-    assert not rig.core._suspects
+    assert not rig.core.suspects
     rig.say(1, m.Release(lease, 0, slots))
     assert rig.states() == (32, 0, 0, 0, 0)
     return rig
@@ -713,6 +741,48 @@ def test_only_a_death_alone_counts(rig):
     assert (done[0].status, done[0].text) == (
         m.WORKER_DIED, f"the worker ended: SIGSEGV (tried alone {MAX_ATTEMPTS} times)",
     )  # fmt: skip
+
+
+def test_what_a_worker_said_is_why_its_work_failed(rig):
+    rig.submit(1)
+    done: list[m.Done] = []
+    for peer in itertools.count(10):
+        run_of(rig.turn(), peer)
+        assert rig.say(peer, m.Bye("the GPU is lost"), m.Bye("again")) == []
+        done = sent(rig.do(e.WorkerEnded(peer, "exit code 5")), m.Done)
+        if done:
+            break
+        rig.worker(peer + 1)
+    text = f"the worker ended: the GPU is lost (exit code 5) (tried alone {MAX_ATTEMPTS} times)"
+    assert (done[0].status, done[0].text) == (m.WORKER_DIED, text)
+
+
+def test_a_worker_that_has_said_why_it_must_end_gets_no_more_and_what_it_finished_counts(rig):
+    rig.submit(1, 1)
+    run = run_of(rig.turn())
+    rig.say(10, m.Bye("the GPU is lost"))
+    rig.submit(1, 4)
+    assert rig.turn() == []
+    assert sent(rig.finish(10, run), m.Done)
+    assert rig.turn() == []
+    rig.worker(11)
+    assert run_of(rig.turn(), 11).rows == [m.Rows(0, 1, 4, 4)]
+    assert rig.do(e.WorkerEnded(10, "exit code 5")) == [e.Forget(10)]
+    rig.do(e.WorkerJoined(12, 1))
+    rig.say(12, m.Bye("no memory"), m.Ready("cpu", 1))
+    rig.submit(1, 4)
+    assert {action.peer for action in rig.turn() if isinstance(action, e.Send)} == {11}
+
+
+def test_no_suspect_runs_beside_that_of_a_worker_that_is_about_to_end(rig):
+    rig.worker(11)
+    rig.submit(1, 4)
+    rig.say(10, m.Failed(run_of(rig.turn(), 10).batch, 0, "no"))
+    run_of(rig.turn(), 10)
+    rig.say(10, m.Bye("the GPU is lost"))
+    assert rig.turn() == []
+    rig.do(e.WorkerEnded(10, "exit code 5"))
+    assert run_of(rig.turn(), 11).rows == [m.Rows(0, 2, 2, 2)]
 
 
 def test_while_there_are_suspects_other_workers_go_on(rig):
@@ -793,9 +863,9 @@ def test_one_who_leaves_with_nothing_is_forgotten_at_once(rig, event):
 def test_what_waits_to_be_tried_again_goes_with_its_owner(rig, event):
     rig.submit(1, 4)
     rig.say(10, m.Failed(run_of(rig.turn()).batch, 0, "no"))
-    assert rig.core._suspects == 2
+    assert rig.core.suspects == 2
     rig.do(event)
-    assert rig.core._suspects == 0
+    assert rig.core.suspects == 0
     assert rig.states() == ((12, 0, 0, 0, 4) if isinstance(event, e.ProducerClosed) else (16, 0, 0, 0, 0))
     rig.submit(2)
     assert sent(rig.turn(), m.Run)

@@ -39,6 +39,7 @@ class Lease:
     seq: int = -1
     seqs: dict[int, int] = field(default_factory=dict)  # of each slot that was submitted
     items: dict[int, int] = field(default_factory=dict)
+    pins: dict[int, int | None] = field(default_factory=dict)
 
     def holds(self, at: int) -> bool:
         return self.slots[at] != GONE
@@ -54,6 +55,8 @@ class Client:
 @dataclass
 class Device:
     lanes: int = 0
+    gpu: int | None = None
+    leaving: bool = False
     runs: dict[int, m.Run] = field(default_factory=dict)
 
 
@@ -62,15 +65,17 @@ def has_open_client(machine):
 
 
 class CoreMachine(RuleBasedStateMachine):
-    @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]))
-    def start(self, delay_us, cap):
-        self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap)
+    @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]), gpus=st.sampled_from([0, 2, 3]))
+    def start(self, delay_us, cap, gpus):
+        self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap, gpus=gpus)
+        self.gpus = gpus
+        self.delay_us = delay_us
         self.models = self.rig.core.models
         self.living: dict[int, Client] = {}
         self.working: dict[int, Device] = {}
         self.next_peer = 1
         self.next_request = 1
-        self.worker_joins(2)
+        self.worker_joins(2, 0)
         self.producer_joins()
 
     # --- What the core says, checked and learned ---
@@ -130,10 +135,11 @@ class CoreMachine(RuleBasedStateMachine):
     def on_run(self, peer, run):
         device, model = self.working[peer], self.models[run.model]
         assert len(device.runs) <= device.lanes
+        assert not device.leaving, "it said that it must end"
         assert sum(rows.items for rows in run.rows) <= model.max_batch
         busy = self.on_a_device()
         queued = {
-            (lease.model, lease.first + at): lease.items[at]
+            (lease.model, lease.first + at): (lease.items[at], lease.pins[at])
             for client in self.living.values()
             for lease in client.leases.values()
             for at, state in enumerate(lease.slots)
@@ -143,7 +149,9 @@ class CoreMachine(RuleBasedStateMachine):
             for index in range(rows.count):
                 slot = (run.model, rows.first + index)
                 assert slot not in busy, "two devices write to one slot"
-                assert queued[slot] == min(model.items_per_slot, rows.items - index * model.items_per_slot)
+                items, pin = queued[slot]
+                assert items == min(model.items_per_slot, rows.items - index * model.items_per_slot)
+                assert pin in (None, device.gpu), "it runs on another GPU"
                 busy.add(slot)
         device.runs[run.batch] = run
 
@@ -170,13 +178,14 @@ class CoreMachine(RuleBasedStateMachine):
         self.living[peer] = Client()
 
     @precondition(lambda self: len(self.working) < 3)
-    @rule(lanes=st.integers(0, 3))
-    def worker_joins(self, lanes):
+    @rule(lanes=st.integers(0, 3), gpu=st.integers(0, 2))
+    def worker_joins(self, lanes, gpu):
         peer, self.next_peer = self.next_peer, self.next_peer + 1
         self.rig.do(e.WorkerJoined(peer, peer))
-        self.working[peer] = Device(lanes)
+        device = self.working[peer] = Device(lanes, gpu % self.gpus if self.gpus else None)
         if lanes:
-            assert self.rig.say(peer, m.Ready("cpu", lanes)) == [e.WorkerReady(peer)]
+            self.rig.refused(peer, m.Ready("a device", lanes, self.gpus + gpu))
+            assert self.rig.say(peer, m.Ready("a device", lanes, device.gpu)) == [e.WorkerReady(peer)]
 
     def a_client(self, data, *, may_be_closed=False):
         """The number of one that lives."""
@@ -218,6 +227,14 @@ class CoreMachine(RuleBasedStateMachine):
         peer = data.draw(st.sampled_from(sorted(self.working)), "peer")
         self.lose_runs(self.working.pop(peer).runs.values())
         self.learn(self.rig.do(e.WorkerEnded(peer, "SIGKILL")))
+
+    @precondition(lambda self: self.working)
+    @rule(data=st.data(), sure=st.integers(0, 2))
+    def worker_says_why_it_must_end(self, data, sure):
+        peer = data.draw(st.sampled_from(sorted(self.working)), "peer")
+        if sure == 1:
+            self.working[peer].leaving = True
+            assert self.rig.say(peer, m.Bye(data.draw(st.sampled_from(["", "no memory"]), "why"))) == []
 
     def lose_runs(self, runs):
         """Slots of closed producers are not run again: they end where they stand, untold."""
@@ -265,15 +282,16 @@ class CoreMachine(RuleBasedStateMachine):
         cut=st.booleans(),
         deadline=st.sampled_from([None, None, MS]),
         again=st.integers(0, 2),
+        pins=st.lists(st.sampled_from([None, None, 0, 1, 2]), min_size=5, max_size=5),
         after_ns=st.sampled_from([0, MS]),
     )
-    def everyone_works(self, counts, model, cut, deadline, again, after_ns):
+    def everyone_works(self, counts, model, cut, deadline, again, pins, after_ns):
         """Each client leases and submits at once, and the turn ends: so that something goes on."""
         while len(self.living) < 2:
             self.producer_joins()
         if not self.working:
-            self.worker_joins(1)
-        for (peer, client), count in zip(list(self.living.items()), counts, strict=False):
+            self.worker_joins(1, 0)
+        for (peer, client), count, pin in zip(list(self.living.items()), counts, pins, strict=False):
             if client.closed:
                 continue
             before = set(client.leases)
@@ -281,7 +299,8 @@ class CoreMachine(RuleBasedStateMachine):
             for lease_id in client.leases.keys() - before:
                 lease = client.leases[lease_id]
                 items = len(lease.slots) * self.models[lease.model].items_per_slot - (cut and lease.model)
-                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again)
+                gpu = pin if pin is not None and pin < self.gpus else None
+                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again, gpu)
                 self.submit(peer, lease_id, message, legal=True)
         self.turn_ends(after_ns)
 
@@ -313,6 +332,7 @@ class CoreMachine(RuleBasedStateMachine):
         full = count * model.items_per_slot
         items = data.draw(st.sampled_from([*[min(full, HUGE)] * 5, min(full, HUGE) - 1 or 1, 1, HUGE]), "items")
         wanted = data.draw(st.sampled_from([0, 0, 1, 3, HUGE]), "again")
+        gpu = data.draw(st.sampled_from([None, None, *range(self.gpus), *range(self.gpus), self.gpus, HUGE]), "gpu")
         legal = (
             lease is not None
             and any(lease.holds(at) for at in range(len(lease.slots)))
@@ -321,8 +341,9 @@ class CoreMachine(RuleBasedStateMachine):
             and seq > lease.seq
             and full - model.items_per_slot < items <= full
             and wanted <= model.cap
+            and (gpu is None or gpu < self.gpus)
         )
-        self.submit(peer, lease_id, m.Submit(lease_id, first, count, seq, items, deadline, wanted), legal)
+        self.submit(peer, lease_id, m.Submit(lease_id, first, count, seq, items, deadline, wanted, gpu), legal)
 
     def submit(self, peer, lease_id, message, legal):
         assert self.expect(peer, message, legal) == []
@@ -334,6 +355,7 @@ class CoreMachine(RuleBasedStateMachine):
                 at = message.first + index
                 lease.slots[at], lease.seqs[at] = SUBMITTED, message.seq
                 lease.items[at] = min(items_per_slot, message.items - index * items_per_slot)
+                lease.pins[at] = message.gpu
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -424,6 +446,27 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(after_ns=st.sampled_from([0, 0, MS // 2, 3 * MS]))
     def turn_ends(self, after_ns):
         self.learn(self.rig.turn(after_ns))
+        self.check_that_nobody_is_idle_for_nothing()
+
+    def check_that_nobody_is_idle_for_nothing(self):
+        """A worker is idle only if nothing waits that may run on it, or if it is the one kept for suspects."""
+        if self.delay_us:
+            return
+        waiting = {
+            lease.pins[at]
+            for client in self.living.values()
+            for lease in client.leases.values()
+            for at, state in enumerate(lease.slots)
+            if state == SUBMITTED and (lease.model, lease.first + at) not in self.on_a_device()
+        }
+        if self.rig.core.suspects:
+            waiting = {line.gpu for model in self.models for line in model.lines if line.queue.items}
+        idle = [
+            device
+            for device in self.working.values()
+            if device.lanes and not device.leaving and not device.runs and {None, device.gpu} & waiting
+        ]
+        assert len(idle) <= (self.rig.core.suspects > 0), f"{idle} could run what waits for {waiting}"
 
     # --- What always holds ---
 
@@ -450,12 +493,12 @@ class CoreMachine(RuleBasedStateMachine):
             assert free == self.models[index].layout.slots - leased - queued - running - done
 
     def teardown(self):
-        """Stop the pool: with one worker that answers all is done, all is answered, and every slot comes back."""
+        """Stop the pool: with a worker on each GPU all is done, all is answered, and every slot comes back."""
         if not hasattr(self, "rig"):
             return
         self.learn(self.rig.do(e.Drain()))
         assert not any(client.requests for client in self.living.values())
-        self.worker_joins_last()
+        self.workers_join_last()
         drained = False
         for _ in range(200):
             actions = self.rig.turn(3 * MS)
@@ -482,10 +525,11 @@ class CoreMachine(RuleBasedStateMachine):
         due_ns = self.rig.core.next_timer_ns()
         assert due_ns is None or due_ns > self.rig.now_ns
 
-    def worker_joins_last(self):
-        peer = self.next_peer
-        self.rig.worker(peer, lanes=1)
-        self.working[peer] = Device(1)
+    def workers_join_last(self):
+        for gpu in range(self.gpus) or [None]:
+            peer, self.next_peer = self.next_peer, self.next_peer + 1
+            self.rig.worker(peer, 1, gpu)
+            self.working[peer] = Device(1, gpu)
 
 
 TestCore = CoreMachine.TestCase

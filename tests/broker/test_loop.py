@@ -71,7 +71,7 @@ class Worker:
 class Broker:
     """A loop in a thread, and the supervisor's end of its control socket."""
 
-    def __init__(self, run_dir: Path, max_delay_us: int = 0) -> None:
+    def __init__(self, run_dir: Path, max_delay_us: int = 0, gpus: int = 0) -> None:
         self.run_dir = RunDir.claim(run_dir)
         self._arena_fd = create_segment(SEGMENT_BYTES)
         listener = lifeline.listen(run_dir)
@@ -85,7 +85,7 @@ class Broker:
             layout=Layout(layouts((16, 1, 4)), SEGMENT_BYTES),
             max_slots_per_producer=0,
             max_delay_us=max_delay_us,
-            gpus=0,
+            gpus=gpus,
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena_fd,
@@ -274,6 +274,49 @@ def test_a_worker_that_ended_before_it_was_told_of_is_nothing(broker):
     broker.tell(c.WorkerGone(1, "exit code 1"))
     client = broker.client()
     assert report(client).workers == ()
+
+
+def test_why_a_worker_must_end_is_passed_on_at_once_and_once(broker):
+    """Also before it is ready, and before its end is known."""
+    broker.peers.append(worker := Worker(broker, 1))
+    worker.send(m.Bye("the GPU has no memory left"))
+    assert broker.hear() == c.WorkerSaid(1, "the GPU has no memory left")
+    worker.send(m.Bye("the engine failed"))
+    worker.close()
+    broker.tell(c.WorkerGone(1, "exit code 9"))
+    broker.worker(2)  # which hears of nothing else
+
+
+def test_what_a_worker_said_last_is_passed_on_after_its_end(broker):
+    worker = broker.worker()
+    worker.send(m.Bye("the GPU is lost"))
+    worker.close()
+    broker.tell(c.WorkerGone(1, "exit code 9"))
+    assert broker.hear() == c.WorkerSaid(1, "the GPU is lost")
+
+
+def test_a_worker_that_says_nothing_of_why_it_ends_is_not_passed_on(broker):
+    worker = broker.worker()
+    worker.send(m.Bye(""))
+    worker.close()
+    broker.tell(c.WorkerGone(1, "exit code 0"))
+    broker.worker(2)
+
+
+def test_gpus_are_known_to_all(tmp_path):
+    broker = Broker(tmp_path / "run", gpus=2)
+    try:
+        client = broker.client()
+        assert client.description.gpus == 2
+        (error,) = client.ask(m.Submit(lease(client), 0, 1, 0, 1, gpu=2))
+        assert isinstance(error, m.Error)
+        assert "GPU 2 of a pool with 2 GPUs" in error.text
+        broker.peers.append(worker := Worker(broker, 1))
+        worker.send(m.Ready("a GPU", 3, 1))
+        assert broker.hear() == c.WorkerIsReady(1)
+        assert [(one.device, one.lanes, one.gpu) for one in report(client).workers] == [("a GPU", 3, 1)]
+    finally:
+        broker.close()
 
 
 def test_a_worker_that_breaks_the_protocol_is_answered(broker):

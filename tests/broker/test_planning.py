@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,19 @@ import pytest
 
 import trtpool
 from tests.models import FIXED_BATCH_ONE, MODELS, save
-from trtpool.broker.planning import child_environment, error_of, inspect, lay_out, requests
+from tests.workers import fake_bindings as fake
+from trtpool.broker.planning import child_environment, error_of, inspect, is_plan, lay_out, probe, requests
 from trtpool.ipc import errors
-from trtpool.ipc.settings import EngineSettings, InspectRequest, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 
-def settings(*names: str, shapes: dict[str, tuple[int, ...]] | None = None, **options: Any) -> PoolSettings:
+def settings(
+    *names: str, shapes: dict[str, tuple[int, ...]] | None = None, lanes: int = 3, **options: Any
+) -> PoolSettings:
     sources = tuple(ModelSource(f"/models/{name}.onnx", name) for name in names or ("det",))
-    return PoolSettings(models=sources, run_dir="/run/p", engine=EngineSettings(shapes=shapes or {}), **options)
+    engine = EngineSettings(device="gpu" if "gpus" in options else "cpu", shapes=shapes or {}, lanes=lanes)
+    return PoolSettings(models=sources, run_dir="/run/p", engine=engine, **options)
 
 
 def spec(name: str = "det", limit: int = 0) -> ModelSpec:
@@ -64,6 +68,43 @@ def test_a_shape_for_no_model_is_refused(names, key, words):
         requests(settings(*names, shapes={key: (3,)}))
 
 
+# --- Plans ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "plan"),
+    [
+        ("m.onnx", b"ftrt\0\0", True),
+        ("m", b"vtrt", True),
+        ("m.onnx", b"\x08\x08\x12\x07pytorch", False),
+        ("m.onnx", b"ftr", False),
+        ("m.plan", b"", True),
+        ("m.engine", None, True),
+        ("m.trt", None, True),
+        ("m.onnx", None, False),
+        ("m.trt.onnx", None, False),
+    ],
+)
+def test_what_is_a_plan(name, content, plan, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert is_plan(tmp_path / name) == plan
+
+
+def test_a_directory_is_no_plan(tmp_path):
+    assert not is_plan(tmp_path)
+
+
+def test_a_plan_needs_a_gpu():
+    with pytest.raises(
+        errors.ConfigError,
+        match=r"^b.plan is a TensorRT plan, which needs a GPU: name the GPUs to use, such as --gpus 0$",
+    ):
+        requests(PoolSettings(models=(ModelSource("/a.onnx", "a"), ModelSource("/m/b.plan", "b")), run_dir="/r"))
+    (request,) = requests(PoolSettings(models=(ModelSource("/m/b.plan", "b"),), run_dir="/r", gpus=("0",)))
+    assert request.source.path == "/m/b.plan"
+
+
 # --- Sizes ---------------------------------------------------------------------------------------
 
 
@@ -79,6 +120,16 @@ def test_a_shape_for_no_model_is_refused(names, key, words):
         ({"items_per_slot": 3}, 0, 11, 8),  # rounded up, so that 32 items fit
         ({"items_per_slot": 20}, 0, 4, 20),
         ({"items_per_slot": 4, "max_batch": 8}, 16, 8, 8),
+        ({}, 64, 32, 8),
+        # On GPUs, batches as large as the plan takes, and (lanes + 1) of them for each worker.
+        ({"gpus": ("0",)}, 64, (4 + 2) * 64, 64),
+        ({"gpus": ("0",)}, 2, (4 + 2) * 2, 2),
+        ({"gpus": ("0",)}, 0, (4 + 2) * 8, 8),
+        ({"gpus": ("0", "1"), "lanes": 2}, 64, (2 * 3 + 2) * 64, 64),
+        ({"gpus": ("0", "1"), "workers_per_gpu": 3, "lanes": 1}, 4, (6 * 2 + 2) * 4, 4),
+        ({"gpus": ("0",), "max_batch": 16}, 64, (4 + 2) * 16, 16),
+        ({"gpus": ("0",), "items_per_slot": 4}, 64, (4 + 2) * 16, 64),
+        ({"gpus": ("0",), "slots": 7}, 64, 7, 64),
     ],
 )
 def test_slots_and_batches_by_default(options, limit, slots, max_batch):
@@ -96,13 +147,25 @@ def test_each_model_has_slots_of_its_own():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"items_per_slot": 5}, "so --items-per-slot 5 is too many; lower it"),
-        ({"max_batch": 5}, "so --max-batch 5 is too large; lower it"),
+        ({"items_per_slot": 5}, "so --items-per-slot 5 is too large; lower it, or export the model"),
+        ({"max_batch": 5}, "so --max-batch 5 is too large; lower it, or export the model"),
+        ({"max_batch": 5, "gpus": ("0",)}, "so --max-batch 5 is too large; lower it, or build the plan for larger"),
     ],
 )
 def test_more_than_a_model_takes_is_refused(options, words):
     with pytest.raises(errors.ConfigError, match=f"'det' takes batches of at most 4, {words}"):
         lay_out(settings(**options), [spec(limit=4)])
+
+
+def test_for_huge_pages_the_arena_is_a_whole_number_of_them():
+    models = [spec("a"), spec("b")]
+    small = lay_out(settings("a", "b"), models)
+    assert small.segment_bytes == 4 * 4096
+    huge = lay_out(settings("a", "b", huge_pages=True), models)
+    assert huge.segment_bytes == 2 << 20
+    assert huge.models == small.models
+    exact = lay_out(settings("a", slots=1 << 20, huge_pages=True), models[:1])
+    assert exact.segment_bytes == 40 << 20
 
 
 # --- Children ------------------------------------------------------------------------------------
@@ -129,6 +192,15 @@ def test_children_import_this_trtpool_and_nothing_of_the_directory_they_start_in
     seen = subprocess.run(command, env=child_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
     if sys.version_info >= (3, 11):  # before, nothing keeps that directory out but its place
         assert Path(seen.stdout.strip()).samefile(trtpool.__file__), seen.stderr
+
+
+def test_a_child_for_a_gpu_sees_it_alone(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    assert child_environment()["CUDA_VISIBLE_DEVICES"] == "4,6"
+    assert child_environment("1")["CUDA_VISIBLE_DEVICES"] == "6"
+    assert child_environment("1")["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+    with pytest.raises(errors.DeviceUnavailable, match="--gpus 2: CUDA_VISIBLE_DEVICES=4,6 has 2 GPUs"):
+        child_environment("2")
 
 
 def wanted(path: Path) -> InspectRequest:
@@ -182,3 +254,74 @@ def test_a_model_that_ends_the_child_is_named(end, words, tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(errors.ModelError, match=words):
         inspect([wanted(tmp_path / "a.onnx")])
+
+
+@pytest.mark.system
+def test_models_for_a_gpu_are_looked_at_where_it_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("import os\nos._exit(int(os.environ['CUDA_VISIBLE_DEVICES']))\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(errors.ModelError, match="ended with exit code 6"):
+        inspect([wanted(tmp_path / "a.plan")], gpu="1")
+
+
+# --- GPUs ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Children see a machine with the GPUs that a test names, see `fake_bindings.machine`."""
+    fake.make(tmp_path)
+    for name, value in fake.on_path(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+    def show(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setenv("FAKE_CUDA", fake.machine(*arguments, **options)["FAKE_CUDA"])
+
+    return show
+
+
+@pytest.mark.system
+def test_each_gpu_is_looked_at_by_a_child_that_sees_it_alone(machine):
+    machine({"2": fake.gpu(2), "0": fake.gpu(0, name="NVIDIA L4", capability=[8, 9])})
+    second, first = probe(["2", "0"])
+    assert second == GpuInfo(
+        name="NVIDIA H100 80GB HBM3",
+        uuid=f"GPU-{fake.uuid_of(2)}",
+        pci_bus_id="0000:19:00.0",
+        compute_capability="9.0",
+        memory_bytes=85_000_000_000,
+        driver=(13, 0),
+    )
+    assert (first.name, first.compute_capability, first.uuid) == ("NVIDIA L4", "8.9", f"GPU-{fake.uuid_of(0)}")
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("gpus", [["0", f"GPU-{fake.uuid_of(0)}"], ["0", "0"]])
+def test_one_gpu_twice_is_refused(gpus, machine):
+    machine(dict.fromkeys(gpus, fake.gpu(0)))
+    with pytest.raises(errors.ConfigError) as raised:
+        probe(gpus)
+    assert str(raised.value) == (
+        f"--gpus {','.join(gpus)}: both are GPU-{fake.uuid_of(0)}; name each GPU once, and say --workers-per-gpu for "
+        "more workers on it"
+    )
+
+
+@pytest.mark.system
+def test_a_gpu_that_cannot_be_used_is_named(machine):
+    machine({"0": fake.gpu(0)})
+    with pytest.raises(errors.DeviceUnavailable, match=r"^--gpus 3: CUDA finds no GPU 3 here; `nvidia-smi -L` lists"):
+        probe(["0", "3"])
+    machine({"0": fake.gpu(0)}, first="import signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(errors.DeviceUnavailable, match=r"^--gpus 0: looking at it ended with SIGSEGV"):
+        probe(["0"])
+
+
+@pytest.mark.system
+def test_without_cuda_python_a_gpu_cannot_be_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "cuda.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(errors.MissingExtra, match=r"--gpus 0: cuda-python cannot be imported \(not here\)"):
+        probe(["0"])

@@ -1,6 +1,7 @@
 """A pool inside the test's process: the real broker loop in one thread, a worker that computes with NumPy in another.
 
-No process is started, so a pool takes milliseconds.  The worker can be held, which makes every order of events
+It may say that it has GPUs, with a worker on each.  No process is started, so a pool takes milliseconds.  The workers
+can be held, which makes every order of events
 reproducible, and at the end the core's invariants are checked, and that no client broke the protocol.
 """
 
@@ -12,6 +13,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +78,10 @@ class FakePool:
         slots, items_per_slot, max_batch: of each model.
         cap: slots that a client may hold; 0 is the default of a real pool.
         transport: what clients talk over; see `trtpool.connect`.
+        gpus: how many GPUs the pool says that it has.
+
+    Attributes:
+        ran: slots that ended on each GPU, or on the CPU.
     """
 
     def __init__(
@@ -87,12 +93,14 @@ class FakePool:
         max_batch: int = 4,
         cap: int = 0,
         transport: str = DEFAULT_TRANSPORT,
+        gpus: int = 0,
     ) -> None:
         self.transport = transport
         self.run_dir = run_dir
         self.slots = slots
         self.layout: Layout = plan([ModelPlan(spec, slots, items_per_slot, max_batch) for spec in models or (MODEL,)])
         self.clients: list[Client] = []
+        self.ran: Counter[int | None] = Counter()
         self._allowed: float = float("inf")  # batches that the worker may still run
         self._changed = threading.Condition()
         self._broke: list[BaseException] = []
@@ -109,7 +117,7 @@ class FakePool:
             layout=self.layout,
             max_slots_per_producer=cap,
             max_delay_us=0,
-            gpus=0,
+            gpus=gpus,
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena,
@@ -118,8 +126,9 @@ class FakePool:
         self._threads = [threading.Thread(target=self._serve, name="fake-broker")]
         self._threads[0].start()
         self._expect(c.BrokerReady)
-        self._start_worker()
-        self._expect(c.WorkerIsReady)
+        for gpu in range(gpus) if gpus else [None]:
+            self._start_worker(gpu)
+            self._expect(c.WorkerIsReady)
 
     # ------------------------------------------------------------------ for tests
 
@@ -225,18 +234,19 @@ class FakePool:
             loop._forget(peer)
         loop._epoll.close()
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, gpu: int | None) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pidfd = os.pidfd_open(os.getpid())
         try:
-            lifeline.send_packet(self._control, c.WorkerStarted(1, os.getpid()), [theirs.fileno(), pidfd])
+            started = c.WorkerStarted(len(self._threads), os.getpid())
+            lifeline.send_packet(self._control, started, [theirs.fileno(), pidfd])
         finally:
             theirs.close()
             os.close(pidfd)
-        self._threads.append(threading.Thread(target=self._work, args=(ours,), name="fake-worker"))
-        self._threads[1].start()
+        self._threads.append(threading.Thread(target=self._work, args=(ours, gpu), name="fake-worker"))
+        self._threads[-1].start()
 
-    def _work(self, sock: socket.socket) -> None:
+    def _work(self, sock: socket.socket, gpu: int | None) -> None:
         try:
             description, fd = lifeline.receive_description(sock)
             segment = map_segment(fd, description.layout.segment_bytes)
@@ -246,14 +256,17 @@ class FakePool:
                 for model in self.layout.models
             ]
             pipe = Pipe(sock)
-            pipe.send([m.Ready("fake", 1)])
+            pipe.send([m.Ready("fake", 1, gpu)])
             messages = pipe.receive()
             while messages and not any(isinstance(message, m.Bye) for message in messages):
                 for message in messages:
                     if not isinstance(message, m.Welcome):
                         assert isinstance(message, m.Run), f"a worker was sent {message}"
                         self._wait_for_permission()
-                        pipe.send([self._run(message, *planes[message.model])])
+                        answer = self._run(message, *planes[message.model])
+                        with self._changed:
+                            self.ran[gpu] += sum(rows.count for rows in message.rows)
+                        pipe.send([answer])
                 messages = pipe.receive()
         except ConnectionError:
             pass  # the broker was killed

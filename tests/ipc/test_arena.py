@@ -3,20 +3,33 @@ from __future__ import annotations
 import errno
 import fcntl
 import gc
+import logging
 import mmap
 import os
+import resource
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from trtpool.ipc.arena import SEALS, available_bytes, check_segment, create_segment, format_bytes, map_segment
+from trtpool.ipc import arena
+from trtpool.ipc.arena import (
+    HUGE_PAGE_BYTES,
+    SEALS,
+    Residence,
+    available_bytes,
+    check_segment,
+    create_segment,
+    format_bytes,
+    free_huge_pages,
+    map_segment,
+)
 from trtpool.ipc.errors import ArenaTooLarge, ProtocolError
-from trtpool.ipc.layout import ModelPlan, plan, plane_array
+from trtpool.ipc.layout import PAGE_BYTES, ModelPlan, plan, plane_array
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 SIZE = 16 * 4096
@@ -127,6 +140,100 @@ def test_a_cgroups_limit_counts(monkeypatch):
 )
 def test_bytes_for_people(count, text):
     assert format_bytes(count) == text
+
+
+# --- Huge pages ---
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes the kernel count its huge pages as a test says."""
+
+    def count(nr: int, free: int, resv: int = 0) -> None:
+        for name, number in (("nr", nr), ("free", free), ("resv", resv)):
+            (tmp_path / f"{name}_hugepages").write_text(f"{number}\n")
+
+    monkeypatch.setattr(arena, "HUGE_PAGES", tmp_path)
+    return count
+
+
+def is_huge(fd: int) -> bool:
+    return os.fstat(fd).st_blksize == HUGE_PAGE_BYTES
+
+
+def test_with_too_few_huge_pages_it_warns_and_takes_others(counted, caplog):
+    counted(nr=10, free=4, resv=2)
+    assert free_huge_pages() == 2
+    fd = create_segment(5 * HUGE_PAGE_BYTES, huge_pages=True)
+    try:
+        assert not is_huge(fd)
+        map_segment(fd, 5 * HUGE_PAGE_BYTES)[-1] = 1
+    finally:
+        os.close(fd)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "the arena needs 5 huge pages of 2 MiB and 2 are free: it is on normal pages; "
+        "reserve them with `sysctl vm.nr_hugepages=13` and start again"
+    )
+
+
+def test_when_others_take_the_huge_pages_meanwhile_it_warns_and_takes_others(counted, caplog, monkeypatch):
+    counted(nr=8, free=8)
+    real = os.memfd_create
+
+    def fail(name: str, flags: int) -> int:
+        if flags & os.MFD_HUGETLB:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(name, flags)
+
+    monkeypatch.setattr(os, "memfd_create", fail)
+    before = descriptors()
+    fd = create_segment(HUGE_PAGE_BYTES, huge_pages=True)
+    assert not is_huge(fd)
+    os.close(fd)
+    assert descriptors() == before
+    assert "needs 1 huge pages of 2 MiB and 8 are free (Cannot allocate memory): it is on" in caplog.text
+
+
+def test_a_kernel_without_huge_pages(counted, caplog):
+    assert free_huge_pages() == 0
+    fd = create_segment(HUGE_PAGE_BYTES, huge_pages=True)
+    assert not is_huge(fd)
+    os.close(fd)
+    assert "this kernel has no huge pages of 2 MiB" in caplog.text
+
+
+def test_the_limit_holds_for_huge_pages_too(counted):
+    counted(nr=8, free=8)
+    with pytest.raises(ArenaTooLarge, match=r"needs 2.0 MiB and 1.0 MiB may be taken; lower --slots"):
+        create_segment(HUGE_PAGE_BYTES, huge_pages=True, limit_bytes=1 << 20)
+
+
+def test_what_is_too_large_for_either_kind_of_page(counted):
+    counted(nr=8, free=8)
+    with pytest.raises(ArenaTooLarge, match="lower --slots"):
+        create_segment(2**50, huge_pages=True)
+
+
+@pytest.mark.skipif(free_huge_pages() < 3, reason="fewer than 3 free huge pages; sysctl vm.nr_hugepages=3")
+def test_on_huge_pages(caplog, monkeypatch):
+    monkeypatch.setattr(arena, "available_bytes", lambda: 0)  # they are not part of it
+    size, before = 3 * HUGE_PAGE_BYTES, free_huge_pages()
+    fd = create_segment(size, huge_pages=True)
+    assert caplog.records == []
+    assert is_huge(fd)
+    assert free_huge_pages() == before - 3, "all are there from the start"
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 2 * HUGE_PAGE_BYTES)
+    check_segment(fd, size)
+    one, other = map_segment(fd, size), map_segment(fd, size)
+    one[:] = b"\x05" * size
+    assert (other[0], other[size - 1]) == (5, 5)
+    del one, other
+    gc.collect()
+    os.close(fd)
+    assert free_huge_pages() == before
 
 
 # --- Descriptors from elsewhere ---
@@ -248,3 +355,59 @@ def test_a_mapping_with_views_cannot_be_closed(segment):
         mapping.close()
     assert array[0] == 0
     assert isinstance(mapping, mmap.mmap)
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def test_pages_that_were_touched_cost_no_faults_when_they_are_written():
+    size = 4 * Residence.STEP_BYTES
+    fd = create_segment(size)
+    mapping = map_segment(fd, size)
+    os.close(fd)
+    pages = 2 * Residence.STEP_BYTES // PAGE_BYTES
+    Residence(mapping).touch(Residence.STEP_BYTES, 2 * Residence.STEP_BYTES)
+    rows = np.ndarray((2 * Residence.STEP_BYTES,), np.uint8, mapping, Residence.STEP_BYTES)
+    before = faults()
+    rows[:] = 7
+    assert faults() - before < pages // 8
+    before = faults()
+    np.ndarray((Residence.STEP_BYTES,), np.uint8, mapping, 0)[:] = 7
+    assert faults() - before >= pages // 2, "pages that were not touched cost as little, so the test shows nothing"
+
+
+class RecordingMapping:
+    """Notes what it is advised; `size` bytes."""
+
+    def __init__(self, size: int, error: OSError | None = None) -> None:
+        self.size, self.error = size, error
+        self.advised: list[tuple[int, int]] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def madvise(self, _option: int, start: int, length: int) -> None:
+        self.advised.append((start, length))
+        if self.error is not None:
+            raise self.error
+
+
+def test_each_step_of_a_mapping_is_asked_for_once():
+    step = Residence.STEP_BYTES
+    mapping = RecordingMapping(3 * step + PAGE_BYTES)
+    residence = Residence(cast(mmap.mmap, mapping))
+    residence.touch(step - 1, 2)
+    assert mapping.advised == [(0, step), (step, step)]
+    residence.touch(0, 2 * step)
+    assert len(mapping.advised) == 2
+    residence.touch(step, 2 * step + 1)
+    assert mapping.advised[2:] == [(2 * step, step), (3 * step, PAGE_BYTES)]
+
+
+def test_a_kernel_that_cannot_is_asked_once():
+    mapping = RecordingMapping(8 * Residence.STEP_BYTES, OSError(errno.EINVAL, "no such advice"))
+    residence = Residence(cast(mmap.mmap, mapping))
+    residence.touch(0, mapping.size)
+    residence.touch(0, mapping.size)
+    assert len(mapping.advised) == 1

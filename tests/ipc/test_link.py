@@ -36,7 +36,7 @@ def link(request: pytest.FixtureRequest, pool: FakePool) -> Iterator[Link]:
 
 def receive(link: Link, count: int) -> list[m.FromBroker]:
     """Wait for `count` messages."""
-    found: list[m.FromBroker] = []
+    found = link.receive()  # first, for a send may have used up the edge that ZeroMQ's descriptor tells an arrival by
     while len(found) < count:
         link.wait(NET_S)
         found += link.receive()
@@ -66,7 +66,7 @@ def test_very_many_messages_are_several_frames(link, monkeypatch):
 
 def test_the_most_that_is_sent_in_a_frame_is_taken():
     huge = 2**63 - 1
-    longest = m.Submit(huge, 2**31 - 1, 2**31 - 1, huge, 2**31 - 1, huge, 2**31 - 1)
+    longest = m.Submit(huge, 2**31 - 1, 2**31 - 1, huge, 2**31 - 1, huge, 2**31 - 1, 2**31 - 1)
     assert len(m.encode(MAX_SENT * [longest])) < MAX_FRAME_BYTES
     assert m.decode_to_broker(m.encode([longest])) == [longest]
 

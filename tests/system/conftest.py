@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import pytest
 
 import trtpool
 from tests.models import PICKY, save
 from tests.system.rig import NEGATE, SLOW, StartedPool, family, wait_all_free, watching
+from tests.workers import fake_bindings as fake
 
 SLOTS = 32
 
@@ -101,3 +103,58 @@ def worker_does(tmp_path: Path) -> Callable[..., dict[str, str]]:
         return {"PYTHONPATH": os.pathsep.join([str(tmp_path / "hook"), os.environ["PYTHONPATH"]])}
 
     return make
+
+
+# A worker "on a GPU" with the CPU's engine, which reports what it sees and its name as its device; its plan is ONNX.
+GPU_HOOK = """
+import os, sys, types
+
+if sys.orig_argv[-1] in ("trtpool.workers", "trtpool.workers.inspect"):
+    import msgspec
+    from trtpool.ipc import messages
+    from trtpool.workers import loop, onnx_engine
+
+    seen = os.environ["CUDA_DEVICE_ORDER"] + " " + os.environ["CUDA_VISIBLE_DEVICES"]
+
+    class Engine(onnx_engine.OnnxEngine):
+        def __init__(self, source, settings, cpus=1):
+            assert settings.device == "gpu"
+            super().__init__(source, msgspec.structs.replace(settings, device="cpu"), cpus)
+
+    class GpuWorker:
+        def __init__(self, joined, config):
+            {load}
+            self.engines, self.device = None, seen
+
+    def start(joined, config, engines, device):
+        ready = lambda _, lanes: messages.Ready(device + ", " + config.name, lanes, config.gpu)
+        loop.m = types.SimpleNamespace(**{{**vars(messages), "Ready": ready}})
+        return loop.WorkerLoop(joined, config, lambda request, cpus: Engine(request.source, request.engine, cpus))
+
+    for name, content in (("gpu", GpuWorker), ("tensorrt_engine", Engine), ("lane_loop", start)):
+        module = sys.modules["trtpool.workers." + name] = types.ModuleType("trtpool.workers." + name)
+        module.GpuWorker = module.TensorrtEngine = module.LaneLoop = content
+"""
+
+GPUS = {"0": fake.gpu(0), "3": fake.gpu(3, name="NVIDIA L4")}
+"""What `CUDA_VISIBLE_DEVICES` may say on that machine."""
+
+
+@pytest.fixture
+def on_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, str]]:
+    """An environment with GPUs 0 and 3, as far as the processes of a pool can tell."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+
+    def make(load: str = "pass", **machine: Any) -> dict[str, str]:
+        fake.make(tmp_path / "fake")
+        (tmp_path / "fake" / "sitecustomize.py").write_text(GPU_HOOK.format(load=load))
+        return {**fake.on_path(tmp_path / "fake"), **fake.machine(GPUS, **machine)}
+
+    return make
+
+
+@pytest.fixture
+def plan(negate: Path) -> Path:
+    """The model of `negate` in a file that is called a plan."""
+    return negate.rename(negate.with_suffix(".plan"))

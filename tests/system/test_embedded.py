@@ -16,6 +16,8 @@ import pytest
 import trtpool
 from tests.models import FIXED_BATCH_ONE, OPEN_ITEM, save
 from tests.system.rig import Process, command_of, family, ones, wait_until, watching
+from trtpool.ipc.arena import free_huge_pages
+from trtpool.ipc.settings import BuildSettings
 
 
 def supervisor_of(pool: trtpool.Pool) -> subprocess.Popen[bytes]:
@@ -158,6 +160,16 @@ def test_what_cannot_be_is_raised_as_what_it_is(negate, tmp_path, capfd):
         trtpool.Pool(model=one, run_dir=tmp_path / "open directory")
     with pytest.raises(trtpool.DeviceUnavailable, match="use --device cpu"):
         trtpool.Pool(model=one, device="tpu")
+    with pytest.raises(trtpool.ConfigError, match="name the GPUs to use, such as --gpus 0"):
+        trtpool.Pool(model=one, device="gpu")
+    with pytest.raises(trtpool.ConfigError, match=r"det\.plan is a TensorRT plan, which needs a GPU"):
+        trtpool.Pool(model=tmp_path / "det.plan")
+    with pytest.raises(trtpool.ConfigError, match="is not a list of different GPUs"):
+        trtpool.Pool(model=one, gpus=[])
+    with pytest.raises(trtpool.ConfigError, match="as many as --workers-per-gpu says"):
+        trtpool.Pool(model=one, gpus=0, workers=2)
+    with pytest.raises(trtpool.ConfigError, match="building a plan is for GPUs"):
+        trtpool.Pool(model=one, build=BuildSettings(fp16=True))
     gc.collect()
     assert descriptors() == before
     assert capfd.readouterr() == ("", "")
@@ -171,6 +183,33 @@ def test_a_supervisor_that_dies_while_it_starts_is_reported(negate, tmp_path, mo
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "hook"), os.environ["PYTHONPATH"]]))
     with pytest.raises(trtpool.StartFailed, match="supervisor ended while it started: SIGKILL"):
         trtpool.Pool(model=negate)
+
+
+# --- Where it runs -------------------------------------------------------------------------------
+
+
+def test_a_pool_on_gpus(plan, on_gpus, monkeypatch, capfd):
+    for name, value in on_gpus().items():
+        monkeypatch.setenv(name, value)
+    with trtpool.Pool(model=plan, gpus=[0, "3"], workers_per_gpu=1, lanes=2, max_batch=4) as pool:
+        assert pool.infer(x=ones(2))["y"].tolist() == [-2] * 4
+        report = pool.status()
+        assert {worker.device for worker in report.workers} == {
+            "PCI_BUS_ID 0, worker 1 on GPU 0", "PCI_BUS_ID 3, worker 2 on GPU 1",
+        }  # fmt: skip
+        assert report.models[0].slots == (2 * (2 + 1) + 2) * 4
+    with pytest.raises(trtpool.DeviceUnavailable, match="--gpus 1: CUDA finds no GPU 1 here"):
+        trtpool.Pool(model=plan, gpus="0,1")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_pool_on_huge_pages_or_else_with_a_warning(negate, capfd):
+    enough = free_huge_pages() >= 1
+    with trtpool.Pool(model=negate, huge_pages=True) as pool:
+        assert pool.infer(x=ones(2))["y"].tolist() == [-2] * 4
+        assert pool.status().arena_bytes == 2 << 20
+    said = capfd.readouterr().err
+    assert ("huge pages of 2 MiB" in said) != enough, said
 
 
 # --- Several, and several times ------------------------------------------------------------------

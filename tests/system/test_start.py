@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,7 +16,9 @@ import pytest
 
 import trtpool
 from tests.models import FIXED_BATCH_ONE, OPEN_ITEM, save
+from tests.system.conftest import GPUS
 from tests.system.rig import CLI, Process, StartedPool, command_of, family, wait_until
+from tests.workers import fake_bindings as fake
 
 # 8 MiB an item.
 LARGE = "large (float[N,1024,1024] x) => (float[N,1024,1024] y) { y = Neg(x) }"
@@ -94,9 +97,9 @@ class Wrong(NamedTuple):
     words: str
 
 
-def _file(folder: Path, content: bytes) -> str:
-    (folder / "some.onnx").write_bytes(content)
-    return str(folder / "some.onnx")
+def _file(folder: Path, content: bytes, name: str = "some.onnx") -> str:
+    (folder / name).write_bytes(content)
+    return str(folder / name)
 
 
 def _model(folder: Path, *options: str, text: str = FIXED_BATCH_ONE) -> list[str]:
@@ -132,10 +135,13 @@ WRONG = {
     ),
     "batch above model": Wrong(3, lambda d: _model(d, "--max-batch=4"), "takes batches of at most 1"),
     "slot above model": Wrong(3, lambda d: _model(d, "--items-per-slot=2"), "takes batches of at most 1"),
-    "GPUs": Wrong(8, lambda d: _model(d, "--gpus=0,1"), "use --device cpu"),
+    "plan without a GPU": Wrong(3, lambda d: [_file(d, b"ftrt", "det.plan")], "det.plan is a TensorRT plan, which"),
+    "disguised plan": Wrong(3, lambda d: [_file(d, b"vtrt")], "some.onnx is a TensorRT plan, which needs a GPU"),
+    "workers and GPUs": Wrong(3, lambda d: _model(d, "--gpus=0", "--workers=2"), "--workers-per-gpu"),
+    "GPU without which": Wrong(3, lambda d: _model(d, "--device=gpu"), "name the GPUs to use, such as --gpus 0"),
     "GPU nonsense": Wrong(2, lambda d: _model(d, "--gpus=zero"), "is not a list of different GPUs, such as 0,1"),
     "one GPU twice": Wrong(2, lambda d: _model(d, "--gpus=1,1"), "is not a list of different GPUs"),
-    "device": Wrong(8, lambda d: _model(d, "--device=tpu"), "--device tpu: this version runs models on the CPU"),
+    "device": Wrong(8, lambda d: _model(d, "--device=tpu"), "there is no device 'tpu'; use --device cpu"),
     "two of one name": Wrong(3, lambda d: 2 * _model(d), "name them with NAME=FILE"),
     "no file in NAME=": Wrong(3, lambda d: ["det="], "write FILE or NAME=FILE"),
     "no model": Wrong(2, lambda d: [], "see `trtpool start --help`"),
@@ -170,17 +176,88 @@ def test_without_onnxruntime_it_says_what_to_install(negate, run_dir, tmp_path):
 def test_a_worker_that_cannot_load_fails_the_start(negate, run_dir, worker_does):
     env = worker_does("raise errors.ModelError('the disk is gone; mend it')")
     result = cli("start", negate, f"--run-dir={run_dir}", "--workers=2", **env)
-    assert (result.returncode, result.stdout) == (15, "")
-    *said, last = result.stderr.splitlines()
-    assert said
-    assert all(line.endswith("the disk is gone; mend it") for line in said)
-    assert last.endswith("did not become ready: exit code 4; what it said is above")
+    assert (result.returncode, result.stdout) == (4, "")  # that of the worker's own error
+    *logged, last = result.stderr.splitlines()
+    assert logged
+    assert all(re.search(r" trtpool worker [12]\[\d+\] ERROR: the disk is gone; mend it$", line) for line in logged)
+    assert re.fullmatch("trtpool: worker [12]: the disk is gone; mend it", last)
     assert not run_dir.exists()
 
 
 def test_a_worker_that_is_killed_while_it_loads_fails_the_start(negate, run_dir, worker_does):
     env = worker_does("os.kill(os.getpid(), 9)")
-    assert "SIGKILL (killed from outside" in refused(15, "start", negate, f"--run-dir={run_dir}", **env)
+    line = refused(15, "start", negate, f"--run-dir={run_dir}", **env)
+    assert line.startswith("trtpool: worker 1 did not become ready: SIGKILL (killed from outside")
+    assert not run_dir.exists()
+
+
+# --- On GPUs -------------------------------------------------------------------------------------
+
+
+def test_a_pool_on_gpus_has_workers_that_see_one_each(plan, run_dir, on_gpus):
+    options = {"gpus": "3,0", "workers_per_gpu": 2, "lanes": 1}
+    with StartedPool(plan, run_dir=run_dir, env=on_gpus(), **options) as pool:
+        assert pool.announced.splitlines() == [
+            # (1 lane + 1) batches for each of 4 workers and 2 for producers
+            "model negate: x float32 (N, 4) -> y float32 (N, 4); 80 slots of 32 B, batches of up to 8",
+            f"GPU 0: NVIDIA L4 (GPU-{fake.uuid_of(3)}), 2 workers",
+            f"GPU 1: NVIDIA H100 80GB HBM3 (GPU-{fake.uuid_of(0)}), 2 workers",
+            f"ready: pool 'default' with 4 workers on 2 GPUs, arena 8.0 KiB, in {run_dir}",
+        ]
+        with pool.connect() as client:
+            assert client.infer(x=np.ones(4, np.float32))["y"].tolist() == [-1, -1, -1, -1]
+
+            def workers() -> dict[str, int]:
+                return {worker.device: worker.pid for worker in client.status().workers}
+
+            named = {
+                "PCI_BUS_ID 3, worker 1 on GPU 0",
+                "PCI_BUS_ID 3, worker 2 on GPU 0",
+                "PCI_BUS_ID 0, worker 3 on GPU 1",
+                "PCI_BUS_ID 0, worker 4 on GPU 1",
+            }
+            first = workers()
+            assert first.keys() == named
+            os.kill(first["PCI_BUS_ID 0, worker 3 on GPU 1"], signal.SIGKILL)
+            assert "worker 3 on GPU 1 ended: SIGKILL" in pool.line(2)
+            # Another comes in its place, on the same GPU.
+            wait_until(lambda: workers().keys() == named and workers() != first, "another worker", client.status)
+        pool.kill(signal.SIGTERM)
+        assert pool.wait() == 0
+    assert not run_dir.exists()
+
+
+def test_a_list_of_gpus_from_outside_counts(plan, run_dir, on_gpus):
+    env = {**on_gpus(), "CUDA_VISIBLE_DEVICES": "3,0"}
+    with StartedPool(plan, run_dir=run_dir, env=env, gpus="0") as pool:
+        assert f"\nGPU 0: NVIDIA L4 (GPU-{fake.uuid_of(3)}), 1 worker\n" in pool.announced
+        with pool.connect() as client:
+            assert [worker.device for worker in client.status().workers] == ["PCI_BUS_ID 3, worker 1 on GPU 0"]
+        pool.stop()
+    line = refused(8, "start", plan, f"--run-dir={run_dir}", "--gpus=0,2", **env)
+    assert line.startswith("trtpool: --gpus 2: CUDA_VISIBLE_DEVICES=3,0 has 2 GPUs, counted from 0; choose among them")
+
+
+def test_gpus_that_cannot_be_used_are_refused_in_one_line(plan, run_dir, on_gpus):
+    at = f"--run-dir={run_dir}"
+    env = on_gpus()
+    assert "trtpool: --gpus 1: CUDA finds no GPU 1 here" in refused(8, "start", plan, at, "--gpus=0,1", **env)
+    same = fake.machine({**GPUS, "GPU-3": GPUS["3"]})
+    assert "--gpus 3,GPU-3: both are GPU-" in refused(3, "start", plan, at, "--gpus=3,GPU-3", **{**env, **same})
+    bare = fake.machine({}, driver=0, error=35)
+    assert "there is no NVIDIA driver here" in refused(8, "start", plan, at, "--gpus=0", **{**env, **bare})
+    assert not run_dir.exists()
+
+
+def test_a_worker_that_cannot_use_its_gpu_fails_the_start(plan, run_dir, on_gpus):
+    env = on_gpus(
+        load="from trtpool.ipc import errors; raise errors.DeviceUnavailable('its memory is full; free some')"
+    )
+    result = cli("start", plan, f"--run-dir={run_dir}", "--gpus=3", **env)
+    assert (result.returncode, result.stdout) == (8, "")
+    logged, last = result.stderr.splitlines()
+    assert re.search(r" trtpool worker 1 on GPU 0\[\d+\] ERROR: its memory is full; free some$", logged)
+    assert last == "trtpool: worker 1 on GPU 0: its memory is full; free some"
     assert not run_dir.exists()
 
 

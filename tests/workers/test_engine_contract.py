@@ -16,11 +16,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import MODELS, Good, save
+from tests.workers.fake_cuda import FakeRuntime
 from tests.workers.fake_engine import Answer, negate
+from tests.workers.fake_tensorrt import FUNCTIONS, VERSIONS, Tensor, batched, installed, make_module, neg, write_plan
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
+from trtpool.workers.cuda import Cuda
 from trtpool.workers.engine import Engine, EngineError, Rows
 from trtpool.workers.onnx_engine import OnnxEngine
+from trtpool.workers.plans import DTYPES
+from trtpool.workers.tensorrt_engine import TensorrtEngine
 
 POISON = 0xA5
 
@@ -40,9 +45,64 @@ def onnx_case(name: str, good: Good) -> Case:
     return Case(make, good.answer)
 
 
+class FakeTensorrtEngine(TensorrtEngine):
+    """The engine on a device that must be as it was found when the engine is closed."""
+
+    def __init__(self, source: ModelSource, settings: EngineSettings, runtime: FakeRuntime) -> None:
+        super().__init__(source, settings, Cuda(runtime))
+        self._runtime = runtime
+
+    def close(self) -> None:
+        super().close()
+        self._runtime.check()
+
+
+Graph = tuple[str, Sequence[Tensor], Sequence[Tensor]]
+
+
+def tensorrt_case(
+    model: Graph, *, flavour: str = "tensorrt", lanes: int = 3, graphs: bool = True, **device: Any
+) -> Case:
+    """An engine on a fake device; `model` is what `write_plan` takes."""
+
+    def make(folder: Path) -> Engine:
+        runtime = FakeRuntime(**device)
+        magic = b"vtrt" if flavour == "rtx" else b"ftrt"
+        version = [*map(int, VERSIONS[flavour].split("."))]
+        path = write_plan(folder / "a.plan", *model, magic=magic, version=version)
+        with installed(make_module(flavour, runtime)):
+            settings = EngineSettings(device="gpu", lanes=lanes, graphs=graphs)
+            return FakeTensorrtEngine(ModelSource(str(path), "a"), settings, runtime)
+
+    return Case(make, FUNCTIONS[model[0]])
+
+
+TWO_IN_TWO_OUT: Graph = (
+    "sum",
+    [batched("a", (3,)), batched("b", (3,))],
+    [Tensor("sum", ("N", 3)), Tensor("twice", ("N", 3))],
+)
+ALL_DTYPES: Graph = (
+    "same",
+    [batched(f"{dtype}_in", (2, 3), dtype) for dtype in reversed(DTYPES)],
+    [Tensor(f"{dtype}_out", ("N", 2, 3), dtype=dtype) for dtype in reversed(DTYPES)],
+)
+FIXED: Graph = ("neg", [Tensor("x", (1, 4))], [Tensor("y", (1, 4))])
+
 CASES = {
     "fake": Case(lambda _folder: negate(), lambda given: {"y": -given["x"]}),
     **{f"onnx-{name}": onnx_case(name, good) for name, good in MODELS.items()},
+    "tensorrt-graphs": tensorrt_case(neg()),
+    "tensorrt-no-graphs": tensorrt_case(neg(), graphs=False, lanes=1),
+    "tensorrt-threads": tensorrt_case(neg(), threads=True),
+    "tensorrt-two-in-two-out": tensorrt_case(TWO_IN_TWO_OUT),
+    "tensorrt-single-copies": tensorrt_case(TWO_IN_TWO_OUT, copies_batches=False, lanes=1),
+    "tensorrt-cuda-12.9": tensorrt_case(TWO_IN_TWO_OUT, fail_index=True, driver=12090),
+    "tensorrt-all-dtypes": tensorrt_case(ALL_DTYPES),
+    "tensorrt-padded": tensorrt_case(neg(least=5)),
+    "tensorrt-fixed-batch-one": tensorrt_case(FIXED),
+    "tensorrt-lean": tensorrt_case(neg(), flavour="lean"),
+    "tensorrt-rtx": tensorrt_case(neg(), flavour="rtx"),
 }
 
 # Name: slots, items_per_slot, max_batch, and the batches to run on such planes.
@@ -133,9 +193,9 @@ def engine(case: Case, tmp_path: Path) -> Iterator[Engine]:
 def layout_for(spec: ModelSpec, name: str) -> tuple[int, int, int, list[list[Rows]]]:
     """The layout `name`, cut down to what an engine with a batch limit is ever asked."""
     slots, items_per_slot, max_batch, batches = LAYOUTS[name]
-    if spec.batch_limit:
-        assert spec.batch_limit == 1
+    if spec.batch_limit == 1:
         return slots, 1, 1, [[Rows(first, 1, 1)] for first in (0, 11 % slots, 3)]
+    assert spec.batch_limit == 0 or spec.batch_limit >= max_batch
     return slots, items_per_slot, max_batch, batches
 
 
@@ -163,8 +223,8 @@ def scattered(draw: st.DrawFn, slots: int, items_per_slot: int, max_batch: int) 
 
 
 def test_any_scattered_batch(engine, case):
-    slots, items_per_slot = (16, 1) if engine.spec.batch_limit else (16, 3)
-    max_batch = engine.spec.batch_limit or 20
+    slots, items_per_slot = (16, 1) if engine.spec.batch_limit == 1 else (16, 3)
+    max_batch = min(engine.spec.batch_limit or 20, 20)
     bench = Bench(engine, case.answer, slots, items_per_slot, max_batch)
 
     @settings(max_examples=30)
@@ -261,7 +321,7 @@ def test_outputs_that_cannot_be_written_are_refused(engine):
 
 def test_max_batch_beyond_the_limit_is_refused(engine):
     bound = planes(engine.spec.inputs, 4, 1), planes(engine.spec.outputs, 4, 1)
-    for max_batch in (0, -1, *([2] if engine.spec.batch_limit else [])):
+    for max_batch in (0, -1, *([engine.spec.batch_limit + 1] if engine.spec.batch_limit else [])):
         with pytest.raises(ValueError, match="max_batch"):
             engine.bind(*bound, max_batch)
 
@@ -290,7 +350,7 @@ def test_inputs_may_be_read_only(engine):
 )
 def test_rows_that_are_not_there_are_refused(engine, batch):
     bound = planes(engine.spec.inputs, 4, 1), planes(engine.spec.outputs, 4, 1)
-    engine.bind(*bound, engine.spec.batch_limit or 4)
+    engine.bind(*bound, min(engine.spec.batch_limit or 4, 4))
     with pytest.raises(EngineError):
         engine.run(batch)
 

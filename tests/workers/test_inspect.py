@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -68,11 +69,28 @@ def test_nothing_else_reaches_standard_output(tmp_path):
     assert "broken" in answer["refusal"]["text"]
 
 
-def test_an_unknown_device_is_refused(tmp_path):
-    assert ask(request(save(ADD, tmp_path), device="tpu"))["refusal"]["kind"] == "DeviceUnavailable"
+def test_a_plan_for_a_gpu_goes_to_the_engine_for_it(monkeypatch):
+    spec = ModelSpec("m", "/det.plan", (TensorSpec("x", "uint8", ()),), (TensorSpec("y", "uint8", ()),), 32)
+    seen: list[object] = []
+
+    class TensorrtEngine:
+        def __init__(self, source: ModelSource, settings: EngineSettings) -> None:
+            seen.extend([source.path, settings])
+            self.spec = spec
+
+        def close(self) -> None:
+            seen.append("closed")
+
+    module = ModuleType("trtpool.workers.tensorrt_engine")
+    monkeypatch.setattr(module, "TensorrtEngine", TensorrtEngine, raising=False)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert inspect(request(Path("/det.plan"), device="gpu", lanes=2)) == {"spec": spec}
+    assert seen == ["/det.plan", EngineSettings(device="gpu", lanes=2), "closed"]
 
 
-@pytest.mark.parametrize("garbage", [b"", b"{", b"{}", b'{"source": {"path": 1}}', b"\xff"])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"{}", b'{"source": {"path": 1}}', b"\xff", request(Path("/m"), device="tpu")]
+)
 def test_a_request_that_is_none_is_a_protocol_error(garbage):
     answer = inspect(garbage)
     assert [*answer] == ["refusal"]

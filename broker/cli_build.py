@@ -1,0 +1,271 @@
+"""`trtpool build`, and the options by which `trtpool start` builds too."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from trtpool.ipc.arena import format_bytes
+from trtpool.ipc.building import BuildRequest, Line
+from trtpool.ipc.errors import ConfigError, ModelError
+from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
+
+from .building import build_plan, cache_root
+from .gpus import gpu_list
+from .planning import child_environment, is_plan
+
+IO_DTYPES: Final = ("fp32", "fp16", "uint8", "int8")
+PLAIN_EVERY: Final = 0.1
+"""Without a terminal, progress is a line each time that this much more is done."""
+
+_UNITS: Final = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+# ---------------------------------------------------------------------------------- options
+
+
+def _parse_io(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    wanted = {}
+    for value in values:
+        name, _, word = value.rpartition("=")
+        dtype = {"float32": "fp32", "float16": "fp16"}.get(word, word)
+        if dtype not in IO_DTYPES:
+            raise click.BadParameter(f"{value!r} is not one of {', '.join(IO_DTYPES)}, or TENSOR= and one of them")
+        wanted[name] = dtype
+    return wanted
+
+
+def _parse_profiles(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, Profile]:
+    profiles = {}
+    for value in values:
+        name, _, text = value.rpartition("=")
+        shapes = [tuple(map(_size, part.split("x"))) for part in text.split(":")]
+        shapes *= 3 if len(shapes) == 1 else 1
+        if not name or len(shapes) != 3 or len({len(shape) for shape in shapes}) > 1 or any(0 in s for s in shapes):
+            raise click.BadParameter(
+                f"{value!r} is not INPUT=1x3x224x224:32x3x224x224:64x3x224x224, the smallest, the best and the largest "
+                "shape, nor INPUT=1:32:64, the batch alone, nor INPUT=8x3x224x224, the only shape"
+            )
+        profiles[name] = Profile(*shapes)
+    return profiles
+
+
+def _size(text: str) -> int:
+    """A number of items, 0 if that is none."""
+    return int(text) if re.fullmatch(r"[0-9]{1,9}", text) else 0
+
+
+def _parse_compute_capability(_ctx: click.Context, _parameter: click.Parameter, value: str) -> str:
+    if not re.fullmatch(r"|[0-9]{1,2}\.[0-9]", value):
+        raise click.BadParameter(f"{value!r} is not a compute capability, such as 8.9")
+    return value
+
+
+def _parse_bytes(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> int:
+    if value is None:
+        return 0
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]+)?) ?([KMGT]?)(?:i?B)?", value, re.IGNORECASE)
+    count = math.floor(float(match[1]) * 1024 ** _UNITS[match[2].upper()]) if match else 0
+    if not 0 < count <= 2**50:
+        raise click.BadParameter(f"{value!r} is not a size, such as 4GiB or 512MiB")
+    return count
+
+
+_OPTIONS: Final = (
+    click.option("--fp16", is_flag=True, help="Let layers run in float16."),
+    click.option(
+        "--io",
+        multiple=True,
+        callback=_parse_io,
+        metavar="[TENSOR=]DTYPE",
+        help="fp32, fp16, uint8 or int8 for an input or output, or for all that are floating-point (uint8 and int8: "
+        "all such inputs).  Again for each.",
+    ),
+    click.option(
+        "--shapes",
+        "profiles",
+        multiple=True,
+        callback=_parse_profiles,
+        metavar="INPUT=MIN:BEST:MAX",
+        help="Shapes that an input takes, batch first, such as x=1x3x224x224:32x3x224x224:64x3x224x224; x=1:32:64 is "
+        "the batch alone; one shape makes it fixed [default: batches of 1 to 64].  Again for each.",
+    ),
+    click.option(
+        "--workspace",
+        "workspace_bytes",
+        callback=_parse_bytes,
+        metavar="SIZE",
+        help="Most scratch memory for a layer, such as 4GiB [default: TensorRT's].",
+    ),
+)
+
+
+def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options of a build to `command`, which gets them as one argument, ``build``: a `BuildSettings`."""
+
+    @functools.wraps(command)
+    def with_settings(
+        *arguments: Any,
+        fp16: bool,
+        io: dict[str, str],
+        profiles: dict[str, Profile],
+        workspace_bytes: int,
+        **others: Any,
+    ) -> Any:
+        settings = BuildSettings(fp16=fp16, io=io, profiles=profiles, workspace_bytes=workspace_bytes)
+        return command(*arguments, build=settings, **others)
+
+    for option in reversed(_OPTIONS):
+        with_settings = option(with_settings)
+    return with_settings
+
+
+# ---------------------------------------------------------------------------------- command
+
+
+@click.command()
+@click.argument("model", metavar="MODEL.onnx", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The plan to write [default: MODEL.plan beside the model].",
+)
+@build_options
+@click.option(
+    "--flavour", type=click.Choice(["tensorrt", "rtx"]), help="TensorRT to build with [default: the one installed]."
+)
+@click.option(
+    "--compute-capability",
+    default="",
+    callback=_parse_compute_capability,
+    metavar="8.9",
+    help="GPU to build for, which need not be here.  TensorRT for RTX only.",
+)
+@click.option("--gpu", metavar="0", help="GPU to build on, by index in PCI order, UUID or MIG id [default: the first].")
+def build(
+    *,
+    model: Path,
+    output: Path | None,
+    build: BuildSettings,
+    flavour: str | None,
+    compute_capability: str,
+    gpu: str | None,
+) -> None:
+    """Build an ONNX file into a TensorRT plan for the GPU of this machine.
+
+    Beside the plan, FILE.json records how it was built.  A plan runs on that kind of GPU, with that version of
+    TensorRT.
+
+    \b
+    Examples:
+      trtpool build resnet50.onnx -o resnet50.plan --fp16
+      trtpool build resnet50.onnx --fp16 --io uint8 --shapes images=1:32:64
+      trtpool build resnet50.onnx --io images=uint8 --io logits=fp16
+      trtpool build det.onnx --shapes x=1x3x640x640:4x3x640x640:8x3x1280x1280
+      trtpool build det.onnx --flavour rtx --compute-capability 8.9
+    """  # noqa: D301  # click wants the character itself, to leave the lines as they are
+    source = Path(os.path.abspath(model))
+    target = Path(os.path.abspath(output or source.with_suffix(".plan")))
+    if is_plan(source):
+        raise ModelError(f"{source} is a plan already; name the ONNX file")
+    if target == source or target.is_dir():
+        raise ConfigError(f"the plan cannot be written to {target}; name a file of its own with -o, such as model.plan")
+    request = BuildRequest(
+        source=ModelSource(os.fspath(source), source.stem),
+        flavour=flavour or "",
+        build=msgspec.structs.replace(build, compute_capability=compute_capability),
+        output=os.fspath(target),
+        timing_cache=_timing_cache(),
+    )
+    env = child_environment(gpu_list(gpu)[0] if gpu else None)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    with _stoppable(), _bar(console) if console.is_terminal else nullcontext(_Lines(console)) as show:
+        record = build_plan(request, target.parent / f".{target.name}.{os.getpid()}", env, show)
+    click.echo(f"{target}: {format_bytes(record.plan_bytes)}, built in {record.seconds:.1f} s")
+
+
+def _timing_cache() -> str:
+    """The folder for TensorRT's timings; "", for none, where this user has no home."""
+    with contextlib.suppress(ConfigError):
+        return os.fspath(cache_root() / "timing")
+    return ""
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Let the first signal end the build, and none disturb the cleaning up after it."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("trtpool: the build was stopped, and nothing was written", err=True)
+        raise click.exceptions.Exit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------- progress
+
+
+@contextlib.contextmanager
+def _bar(console: Console) -> Iterator[Callable[[Line], None]]:
+    """A progress bar on a terminal; it only turns where TensorRT does not say how far it is (8.6)."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def show(line: Line) -> None:
+            if line.said:
+                bar.console.print(line.said)
+            if line.progress:
+                phase, of = line.progress.phase, line.progress.of
+                bar.update(task, description=phase, completed=line.progress.done, total=of or None)
+
+        yield show
+
+
+class _Lines:
+    """Progress without a terminal: a line now and then."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._told = 0.0
+
+    def __call__(self, line: Line) -> None:
+        if line.said:
+            self._console.print(line.said)
+        if line.progress and line.progress.of:
+            done = line.progress.done / line.progress.of
+            if done >= self._told + PLAIN_EVERY:
+                self._told = done
+                self._console.print(f"{done:.0%} {line.progress.phase}")

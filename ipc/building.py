@@ -1,0 +1,134 @@
+"""What a builder of plans is asked and what it answers, and the record that lies beside each plan.
+
+``python -m trtpool.workers.build`` reads a `BuildRequest` as JSON on standard input and writes one `Line` of JSON
+after the other to standard output, the last of them with `built`, `builder` or `refusal`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from .settings import DEFAULT_BUILD_BATCH, BuildSettings, ModelSource, Profile, Refusal, Shape
+
+BUILD_FORMAT: Final = 1
+"""Rises when the same file and options are to give another plan or record; cached plans are then built anew."""
+
+RECORD_SUFFIX: Final = ".json"
+"""The record of ``model.plan`` is ``model.plan.json``."""
+
+
+class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Standard input of `python -m trtpool.workers.build`, as JSON.
+
+    Attributes:
+        source: the ONNX file.
+        flavour: a key of `FLAVOURS`; empty: the first that is installed and can build.
+        build: how.
+        shapes: item shapes, by input name, for inputs that leave theirs open and have no profile in `build`.
+        max_batch: the largest batch, for inputs whose batch is open and has no range in `build`.
+        output: the file to write, absolute, in a folder that is the builder's alone; empty: build nothing, only say
+            who would.
+        timing_cache: a folder for TensorRT's timings, which make the next build faster; empty: keep none.
+    """
+
+    source: ModelSource
+    flavour: str = ""
+    build: BuildSettings = BuildSettings()
+    shapes: dict[str, Shape] = {}
+    max_batch: int = DEFAULT_BUILD_BATCH
+    output: str = ""
+    timing_cache: str = ""
+
+
+class Builder(msgspec.Struct, frozen=True):
+    """Who would build, and from what.
+
+    Attributes:
+        flavour, version: the TensorRT, such as "rtx" and "1.7.1.116".
+        source_sha256: digest of the ONNX file and of the files that hold its weights.
+    """
+
+    flavour: str
+    version: str
+    source_sha256: str
+
+
+class PlanTensor(msgspec.Struct, frozen=True):
+    """An input or output of a plan.
+
+    Attributes:
+        role: "input" or "output".
+        dtype: as NumPy calls it, or in lower case as TensorRT does where NumPy has none.
+        shape: batch axis first; -1 where the plan leaves it open.
+        profile: the shapes that an open input takes.
+    """
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    profile: Profile | None = None
+
+
+class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How a plan was built: ``model.plan.json`` beside it.
+
+    Attributes:
+        format: `BUILD_FORMAT`.
+        trtpool: the version of this package.
+        source: the ONNX file, absolute.
+        source_sha256: see `Builder`.
+        flavour, version: the TensorRT that built it.
+        gpu: the GPU that it was built on; "" if that was none.
+        compute_capability: of the GPU that it was built for, such as "8.9".
+        options, shapes, max_batch: as in the request.
+        tensors: the inputs, then the outputs.
+        seconds: how long the build took.
+        built: when it ended, in UTC, such as "2026-11-22T17:50:37Z".
+        plan_bytes, plan_sha256: of the plan; one that differs is damaged.
+    """
+
+    format: int
+    trtpool: str
+    source: str
+    source_sha256: str
+    flavour: str
+    version: str
+    gpu: str
+    compute_capability: str
+    options: BuildSettings
+    shapes: dict[str, Shape]
+    max_batch: int
+    tensors: tuple[PlanTensor, ...]
+    seconds: float
+    built: str
+    plan_bytes: int
+    plan_sha256: str
+
+
+class Progress(msgspec.Struct, frozen=True):
+    """How far a build is: `done` of `of` steps, never falling; `phase` is what it does, in TensorRT's words."""
+
+    phase: str
+    done: int
+    of: int
+
+
+class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One line of the builder's answer: one of these, the last three only at the end.
+
+    Attributes:
+        said: a decision, for the user.
+        progress: only TensorRT 10 and newer tell.
+        builder: the answer when nothing was to be built.
+        built: the plan is written.
+        refusal: it is not.
+    """
+
+    said: str | None = None
+    progress: Progress | None = None
+    builder: Builder | None = None
+    built: PlanRecord | None = None
+    refusal: Refusal | None = None

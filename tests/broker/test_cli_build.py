@@ -1,0 +1,161 @@
+"""The words of `trtpool build`: what they become, and what is refused before anything starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtpool.broker import cli, cli_build, supervisor
+from trtpool.ipc import errors
+from trtpool.ipc.building import BUILD_FORMAT, BuildRequest, Line, PlanRecord, Progress
+from trtpool.ipc.settings import BuildSettings, PoolSettings, Profile
+
+Run = Callable[..., int]
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs ``trtpool build WORDS`` in this process; returns the exit code."""
+
+    def call(*words: str | os.PathLike[str]) -> int:
+        monkeypatch.setattr(sys, "argv", ["trtpool", "build", *(os.fspath(word) for word in words)])
+        with pytest.raises(SystemExit) as raised:
+            cli.main()
+        return int(raised.value.code or 0)
+
+    return call
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """What would have been built: requests, with the environment of the child."""
+    seen: list[tuple[BuildRequest, dict[str, str]]] = []
+
+    def build_plan(request: BuildRequest, work: Path, env: dict[str, str], show: Any) -> PlanRecord:
+        seen.append((request, env))
+        assert work.parent == Path(request.output).parent
+        show(Line(said="TensorRT 10"))
+        for done in (0, 50, 120, 1000):
+            show(Line(progress=Progress("Timing", done, 1000)))
+        show(Line(progress=Progress("reading", 0, 0)))
+        return PlanRecord(
+            format=BUILD_FORMAT, trtpool="1", source=request.source.path, source_sha256="", flavour="rtx", version="1",
+            gpu="", compute_capability="8.9", options=request.build, shapes={}, max_batch=64, tensors=(), seconds=12.34,
+            built="", plan_bytes=3 << 20, plan_sha256="",
+        )  # fmt: skip
+
+    monkeypatch.setattr(cli_build, "build_plan", build_plan)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "det.onnx").touch()
+    return seen
+
+
+def test_defaults(run, built, tmp_path, capsys):
+    assert run("det.onnx") == 0
+    ((request, _),) = built
+    assert request.source.path == str(tmp_path / "det.onnx")
+    assert request.output == str(tmp_path / "det.plan")
+    assert (request.build, request.flavour, request.shapes, request.max_batch) == (BuildSettings(), "", {}, 64)
+    assert request.timing_cache == str(tmp_path / "cache" / "trtpool" / "timing")
+    out, err = capsys.readouterr()
+    assert out == f"{tmp_path / 'det.plan'}: 3.0 MiB, built in 12.3 s\n"
+    assert err.splitlines() == ["TensorRT 10", "12% Timing", "100% Timing"]
+
+
+def test_all_options(run, built, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    words = ["--fp16", "--io=uint8", "--io", "logits=float16", "--shapes=a=1:2:4", "--shapes", "b=2x3", "--flavour=rtx",
+             "--workspace=1.5GiB", "--compute-capability=12.0", "--gpu=1", "-o", "there/x.plan"]  # fmt: skip
+    assert run("det.onnx", *words) == 0
+    ((request, env),) = built
+    assert request.build == BuildSettings(
+        fp16=True,
+        io={"": "uint8", "logits": "fp16"},
+        profiles={"a": Profile((1,), (2,), (4,)), "b": Profile((2, 3), (2, 3), (2, 3))},
+        workspace_bytes=3 << 29,
+        compute_capability="12.0",
+    )
+    assert (request.flavour, request.output) == ("rtx", str(tmp_path / "there" / "x.plan"))
+    assert env["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "profile"),
+    [
+        ("x=1x3x8:2x3x8:4x3x8", "x", Profile((1, 3, 8), (2, 3, 8), (4, 3, 8))),
+        ("input:0=1:32:64", "input:0", Profile((1,), (32,), (64,))),
+        ("m:a=b=5", "m:a=b", Profile((5,), (5,), (5,))),
+    ],
+)
+def test_shapes(word, name, profile, run, built):
+    assert run("det.onnx", "--shapes", word) == 0
+    assert built[0][0].build.profiles == {name: profile}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("4GiB", 4 << 30), ("512MB", 512 << 20), ("1k", 1024), ("77", 77), ("2 TiB", 2 << 40)]
+)
+def test_sizes(text, count, run, built):
+    assert run("det.onnx", f"--workspace={text}") == 0
+    assert built[0][0].build.workspace_bytes == count
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "--io=bf16", "--io=x=", "--io=x=fp64", "--shapes=1x3:2x3:4x3", "--shapes=x=1:2", "--shapes=x=1x2:2:4",
+        "--shapes=x=", "--shapes=x=0", "--shapes=x=1xa", "--shapes=x=1x2,3", "--workspace=0", "--workspace=4QB",
+        "--workspace=-1", "--workspace=9999999TiB", "--compute-capability=89", "--compute-capability=sm89",
+        "--flavour=lean",
+    ],
+)  # fmt: skip
+def test_what_it_does_not_understand_is_one_line(word, run, built, capsys):
+    assert run("det.onnx", word) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("see `trtpool build --help`")
+    assert built == []
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "text"),
+    [
+        (["det.onnx", "-o", "det.onnx"], errors.ConfigError, "name a file of its own with -o"),
+        (["det.onnx", "-o", "."], errors.ConfigError, "name a file of its own with -o"),
+        (["old.plan"], errors.ModelError, "is a plan already; name the ONNX file"),
+        (["det.onnx", "--gpu=0;1"], errors.ConfigError, "such as 0,1"),
+    ],
+)
+def test_what_is_refused_before_anything_starts(words, error, text, run, built, capsys):
+    assert run(*words) == error.exit_code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line
+    assert built == []
+
+
+def test_help_has_examples(run, capsys):
+    assert run("--help") == 0
+    out = capsys.readouterr().out
+    assert "trtpool build resnet50.onnx --fp16 --io uint8 --shapes images=1:32:64\n" in out
+
+
+def test_a_pool_takes_the_same_options(monkeypatch, run, built, tmp_path):
+    started: list[PoolSettings] = []
+
+    def start(settings: PoolSettings, *_: object) -> int:
+        started.append(settings)
+        return 0
+
+    monkeypatch.setattr(supervisor, "run", start)
+    words = ["--gpus=0", "--fp16", "--io=x=uint8", "--shapes=x=1:2:4", "--workspace=1GiB", f"--run-dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["trtpool", "start", "det.onnx", *words])
+    with pytest.raises(SystemExit) as raised:
+        cli.main()
+    assert raised.value.code == 0
+    profiles = {"x": Profile((1,), (2,), (4,))}
+    assert started[0].build == BuildSettings(fp16=True, io={"x": "uint8"}, profiles=profiles, workspace_bytes=1 << 30)

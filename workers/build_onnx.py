@@ -1,0 +1,317 @@
+"""ONNX files as a builder needs them: reading and digests, dtypes at the borders, profiles.
+
+Dtypes are changed in the graph, not by calls to TensorRT, because only that works in every flavour: networks are
+strongly typed in the newest, and take all types from the file.
+
+::
+
+    images float32 --> Conv ...            images uint8 --> Cast --> Conv ...          (images=uint8)
+    ... Gemm --> logits float32            ... Gemm --> Cast --> logits float16        (logits=fp16)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from trtpool.ipc.errors import ConfigError, MissingExtra, ModelError
+from trtpool.ipc.settings import Profile
+
+from .build_float16 import convert, graphs, insert_cast, names
+
+IO_DTYPES: Final = {
+    "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16", "uint8": "uint8", "int8": "int8",
+}  # fmt: skip
+"""What users call the dtypes of inputs and outputs."""
+
+MAX_FILE_BYTES: Final = 1 << 30
+"""A model of more is written with its weights in a file beside it; a protobuf message ends at 2 GiB."""
+
+_ELEM_TYPES: Final = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int16", 6: "int32", 7: "int64", 9: "bool",
+                      10: "float16", 11: "float64", 12: "uint32", 13: "uint64"}  # fmt: skip
+"""TensorProto.DataType as NumPy calls it: part of the format, so they never change."""
+
+_ELEM_NUMBERS: Final = {name: number for number, name in _ELEM_TYPES.items()}
+_FLOATS: Final = ("float16", "float32", "float64")
+
+
+class GraphTensor(NamedTuple):
+    """An input or output of a model, as its file declares it.
+
+    Attributes:
+        dtype: as NumPy calls it; "" if it has none.
+        dims: batch axis first; None where it is open.
+    """
+
+    name: str
+    dtype: str
+    dims: tuple[int | None, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({', '.join('?' if dim is None else str(dim) for dim in self.dims)})"
+
+
+# ---------------------------------------------------------------------------------- files
+
+
+def load(path: Path, *, weights: bool = True, types: bool = False) -> Any:
+    """Read an ONNX file.
+
+    Args:
+        path: the file.
+        weights: read those that are in files beside it, too.
+        types: find out the dtype of every tensor inside, as `convert_to_float16` needs it.
+
+    Returns:
+        An ``onnx.ModelProto``.
+
+    Raises:
+        ModelError: it cannot be read, or is no ONNX model.
+        MissingExtra: onnx is not installed.
+    """
+    onnx = _import("onnx")
+    if path.is_dir():
+        raise ModelError(f"{path} is not a file; name the .onnx file itself")
+    try:
+        model = onnx.load(os.fspath(path), load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"cannot read the model {path}: {error.strerror}; check path and permissions") from error
+    except Exception as error:  # DecodeError of whichever protobuf is there
+        raise ModelError(f"{path} is damaged or no ONNX model; copy it again, or export the model to ONNX") from error
+    if not model.graph.output:  # an empty file decodes too
+        raise ModelError(f"{path} is no ONNX model, or one without outputs; export the model to ONNX")
+    try:
+        if types and model.functions:
+            model = _import("onnx.inliner").inline_local_functions(model)
+        if types:
+            model = _import("onnx.shape_inference").infer_shapes(model)
+        if weights:
+            _check_weights(path, model)
+            onnx.load_external_data_for_model(model, os.fspath(path.parent))
+    except (ValueError, RuntimeError, onnx.checker.ValidationError) as error:
+        raise ModelError(f"onnx {onnx.__version__} refuses {path}: {_one_line(error)}; export it again") from error
+    return model
+
+
+def digest(path: Path, model: Any) -> str:
+    """SHA-256, in hexadecimal, of the file at `path` and of the files that hold the weights of `model`, read from it.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    _check_weights(path, model)
+    total = hashlib.sha256()
+    for name in ("", *weight_files(model)):
+        try:
+            with (path.parent / name if name else path).open("rb") as file:
+                total.update(f"{name}\0{os.fstat(file.fileno()).st_size}\0".encode())
+                while part := file.read(1 << 22):
+                    total.update(part)
+        except OSError as error:
+            raise ModelError(f"cannot read the model {path} {name}: {error.strerror}; check permissions") from error
+    return total.hexdigest()
+
+
+def weight_files(model: Any) -> list[str]:
+    """The files that hold weights of `model`, relative to its own, sorted."""
+    names: set[str] = set()
+    for graph in graphs(model.graph):
+        tensors = [*graph.initializer]
+        for node in graph.node:
+            for attribute in node.attribute:
+                tensors += [attribute.t, *attribute.tensors]
+        for tensor in tensors:
+            if tensor.data_location == 1:  # TensorProto.EXTERNAL
+                names.update(entry.value for entry in tensor.external_data if entry.key == "location")
+    return sorted(names)
+
+
+def save(model: Any, path: Path) -> None:
+    """Write `model`, and the weights of a large one beside it."""
+    try:
+        size = model.ByteSize()
+    except Exception:  # noqa: BLE001  # protobuf's own error, beyond 2 GiB
+        size = MAX_FILE_BYTES + 1
+    large = {"save_as_external_data": True, "location": f"{path.name}.weights"} if size > MAX_FILE_BYTES else {}
+    _import("onnx").save_model(model, os.fspath(path), **large)
+
+
+def _check_weights(path: Path, model: Any) -> None:
+    for name in weight_files(model):
+        if not (path.parent / name).is_file():
+            raise ModelError(f"{path} has weights in {name}, which is not there; put that file beside it")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtra(
+            f"building a plan needs {name}, which cannot be imported ({error}); "
+            "install it with: pip install 'trtpool[build]'"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- tensors
+
+
+def inputs(model: Any) -> list[GraphTensor]:
+    """The inputs of `model`, without those that are weights with a default."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [_describe(value) for value in model.graph.input if value.name not in weights]
+
+
+def outputs(model: Any) -> list[GraphTensor]:
+    """The outputs of `model`."""
+    return [_describe(value) for value in model.graph.output]
+
+
+def _describe(value: Any) -> GraphTensor:
+    kind = value.type.tensor_type
+    dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    return GraphTensor(value.name, _ELEM_TYPES.get(kind.elem_type, ""), dims)
+
+
+def change_io(model: Any, wanted: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Give inputs and outputs of `model` other dtypes, with a Cast behind each input and before each output.
+
+    Args:
+        model: changed in place.
+        wanted: dtype by tensor name, in the words of `IO_DTYPES`.  ``""`` stands for all inputs and outputs of a
+            floating-point dtype, and for inputs alone if the dtype is an integer.
+
+    Returns:
+        What was changed: old and new dtype by tensor name.
+
+    Raises:
+        ConfigError: a dtype that is none of these.
+        ModelError: a name that the model does not have, or a tensor that has no number for elements.
+    """
+    onnx = _import("onnx")
+    goals = {name: _io_dtype(dtype) for name, dtype in wanted.items()}
+    ins, outs = inputs(model), outputs(model)
+    unknown = goals.keys() - {tensor.name for tensor in ins + outs} - {""}
+    if unknown:
+        raise ModelError(
+            f"--io names {min(unknown)!r}, which the model does not have; its inputs are "
+            f"{', '.join(tensor.name for tensor in ins)}, its outputs {', '.join(tensor.name for tensor in outs)}"
+        )
+    changed = {}
+    for tensor, is_input in [*((tensor, True) for tensor in ins), *((tensor, False) for tensor in outs)]:
+        goal = goals.get(tensor.name) or _goal_for_all(goals.get("", ""), tensor, is_input=is_input)
+        if goal in ("", tensor.dtype):
+            continue
+        if tensor.dtype in ("", "bool"):
+            raise ModelError(f"--io {tensor.name}: the model's tensor is no number, so its dtype cannot be changed")
+        inner = f"{tensor.name}_{tensor.dtype}"
+        while inner in names(model.graph):
+            inner += "_"
+        dtypes = _ELEM_NUMBERS[tensor.dtype], _ELEM_NUMBERS[goal]
+        insert_cast(onnx, model.graph, tensor.name, inner, dtypes, is_input=is_input)
+        changed[tensor.name] = (tensor.dtype, goal)
+    return changed
+
+
+def _io_dtype(word: str) -> str:
+    dtype = IO_DTYPES.get(word)
+    if dtype is None:
+        raise ConfigError(f"--io {word}: choose one of fp32, fp16, uint8 and int8")
+    return dtype
+
+
+def _goal_for_all(goal: str, tensor: GraphTensor, *, is_input: bool) -> str:
+    """The dtype that `tensor` gets from an option for all tensors."""
+    return goal if tensor.dtype in _FLOATS and (is_input or goal in _FLOATS) else ""
+
+
+def convert_to_float16(model: Any) -> None:
+    """Put float16 for float32 inside `model`, which `load` read with its types; inputs and outputs stay as they were.
+
+    Raises:
+        ModelError: it has a graph that onnx does not take.
+    """
+    try:
+        convert(_import("onnx"), model)
+    except (ValueError, TypeError) as error:
+        raise ModelError(
+            f"the model cannot be converted to float16 ({_one_line(error)}); "
+            "convert it where it is exported, and leave out --fp16"
+        ) from error
+
+
+# ---------------------------------------------------------------------------------- profiles
+
+
+def make_profiles(
+    tensors: Sequence[GraphTensor],
+    given: Mapping[str, Profile],
+    item_shapes: Mapping[str, Sequence[int]],
+    max_batch: int,
+) -> dict[str, Profile]:
+    """The range of shapes of each input that is not fixed.
+
+    Args:
+        tensors: the model's inputs.
+        given: profiles by input; one whose shapes have one number ranges over the batch alone.
+        item_shapes: shapes without the batch, for inputs that leave theirs open.
+        max_batch: the largest batch where neither `given` nor the model says; the best is half of it.
+
+    Raises:
+        ModelError: a profile does not fit its input, or an open axis has none.
+    """
+    unknown = (given.keys() | item_shapes.keys()) - {tensor.name for tensor in tensors}
+    if unknown:
+        raise ModelError(f"--shapes names {min(unknown)!r}, but the model's inputs are {', '.join(map(str, tensors))}")
+    profiles = {}
+    for tensor in tensors:
+        if not tensor.dims:
+            raise ModelError(f"input {tensor.name!r} is a scalar; export the model with a first axis for the batch")
+        profile = _make_profile(tensor, given.get(tensor.name), item_shapes.get(tensor.name), max_batch)
+        _check_profile(tensor, profile)
+        if None in tensor.dims:
+            profiles[tensor.name] = profile
+    return profiles
+
+
+def _make_profile(
+    tensor: GraphTensor, given: Profile | None, item_shape: Sequence[int] | None, max_batch: int
+) -> Profile:
+    if given is not None and (len(given.min) > 1 or len(tensor.dims) == 1):
+        return given
+    batch = tensor.dims[0]
+    default = (1, (max_batch + 1) // 2, max_batch) if batch is None else (batch, batch, batch)
+    batches = (given.min[0], given.opt[0], given.max[0]) if given is not None else default
+    item = tuple(item_shape) if item_shape is not None else tensor.dims[1:]
+    fixed = tuple(dim for dim in item if dim is not None)
+    if len(fixed) < len(item):
+        sizes = [dim or (640 if len(item) > 2 else 128) for dim in item]
+        example = ":".join("x".join(map(str, (items, *sizes))) for items in batches)
+        raise ModelError(
+            f"input {tensor} leaves more open than the batch: give its smallest, best and largest shape, for example "
+            f"--shapes {tensor.name}={example}"
+        )
+    low, best, high = ((items, *fixed) for items in batches)
+    return Profile(low, best, high)
+
+
+def _check_profile(tensor: GraphTensor, profile: Profile) -> None:
+    shapes = (profile.min, profile.opt, profile.max)
+    shown = f"--shapes {tensor.name}={':'.join('x'.join(map(str, shape)) for shape in shapes)}"
+    for shape in shapes:
+        fits = len(shape) == len(tensor.dims) and all(
+            dim in (None, size) for dim, size in zip(tensor.dims, shape, strict=True)
+        )
+        if not fits:
+            raise ModelError(
+                f"{shown} does not fit the model's input {tensor}; give as many axes, and the fixed as they are"
+            )
+    if any(not low <= best <= high for low, best, high in zip(*shapes, strict=True)):
+        raise ModelError(f"{shown} does not rise: give the smallest shape, then the best, then the largest")
