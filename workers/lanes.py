@@ -220,7 +220,8 @@ class Lane:
             log.info("CUDA graphs are not used, since this engine cannot be captured: %s", error)
             return
         if len(self._graphs) >= MAX_GRAPHS:
-            _, oldest = self._graphs.popitem(last=False)
+            size, oldest = self._graphs.popitem(last=False)
+            self._seen.discard(size)  # to be captured again it must come twice again
             self._cuda.destroy_graph(oldest)
         self._graphs[items] = graph
 

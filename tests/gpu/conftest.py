@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import trtpool
+from tests.gpu.harness import given_back
 from tests.gpu.zoo import KINDS, Zoo
-from tests.system.rig import StartedPool, family, wait_all_free, watching
+from tests.system.rig import StartedPool, family, watching
 from trtpool.workers.cuda import Cuda
 
 
@@ -66,8 +67,7 @@ def every_engine(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def client(every_engine: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
     """A client of that pool; a test must leave all slots free."""
-    with every_engine.connect() as connected:
-        yield connected
-    request.node.funcargs.pop("client", None)  # else pytest would hold it, and it the arena, when leaks are looked for
-    with every_engine.connect() as other:  # the first may have kept slots that it was granted in advance
-        wait_all_free(other)
+    with given_back(every_engine):
+        with every_engine.connect() as connected:
+            yield connected
+        request.node.funcargs.pop("client", None)  # else pytest would hold it, and it the arena, when leaks are sought

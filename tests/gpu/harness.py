@@ -13,7 +13,7 @@ import numpy as np
 
 import trtpool
 from tests.gpu.zoo import POISON, Array, Samples
-from tests.system.rig import PATIENCE_S
+from tests.system.rig import PATIENCE_S, StartedPool, wait_until
 from trtpool.ipc.arena import create_segment, map_segment
 from trtpool.ipc.layout import ModelPlan, plan, plane_array
 from trtpool.ipc.settings import EngineSettings, ModelSource
@@ -228,6 +228,20 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def given_back(pool: StartedPool) -> Iterator[None]:
+    """As many slots are free afterwards as before: what a failed test left behind fails no other."""
+    with pool.connect() as client:
+        before = _free(client)
+    yield
+    with pool.connect() as client:  # another, for one that was in use may keep slots that it was granted in advance
+        wait_until(lambda: _free(client) == before, f"{before} slots free", client.status)
+
+
+def _free(client: trtpool.Client) -> list[int]:
+    return [model.free for model in client.status().models]
 
 
 @contextlib.contextmanager

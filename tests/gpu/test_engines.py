@@ -47,7 +47,7 @@ def test_items_are_answered_wherever_they_lie(name, zoo, cuda, rng):
                     poison(bound.y)
                     times = bound.engine.run(batch)
                     bound.check(batch, samples, chosen)
-                    assert min(times[:3]) > 0
+                    assert min(times[:3]) >= 0 < sum(times[:3])  # CUDA's clock ticks each 0.5 us
 
 
 @pytest.mark.parametrize(("name", "graphs"), [("mlp", True), ("mlp", False), ("resnet50_u8", True)])

@@ -9,13 +9,13 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pytest
 
 import trtpool
-from tests.gpu.harness import Work, is_poisoned, poison, standing_still
+from tests.gpu.harness import Work, given_back, is_poisoned, poison, standing_still
 from tests.gpu.zoo import POISON, Array
 from tests.system.rig import (
     CLI,
@@ -23,7 +23,6 @@ from tests.system.rig import (
     StartedPool,
     family,
     figures,
-    wait_all_free,
     wait_until,
     watching,
 )
@@ -65,18 +64,20 @@ def crowd(zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPool
 @pytest.fixture
 def crowd_client(crowd: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
     """A client of that pool."""
-    with crowd.connect() as connected:
-        yield connected
-    request.node.funcargs.pop("crowd_client", None)  # as with `client`
-    with crowd.connect() as other:
-        wait_all_free(other)
-        workers_ready(other, WORKERS)
+    with given_back(crowd):
+        with crowd.connect() as connected:
+            yield connected
+        request.node.funcargs.pop("crowd_client", None)  # as with `client`
 
 
-def workers_ready(client: trtpool.Client, count: int) -> list[int]:
-    """Wait for that many workers; their pids."""
-    wait_until(lambda: len(client.status().workers) >= count, f"{count} workers are ready", client.status)
-    return [worker.pid for worker in client.status().workers]
+def workers_ready(client: trtpool.Client, ended: Collection[int] = ()) -> list[int]:
+    """Wait until all workers are ready, none of them one of `ended`; their pids."""
+
+    def ready() -> list[int]:
+        pids = [worker.pid for worker in client.status().workers]
+        return pids if len(pids) == WORKERS and not set(pids) & set(ended) else []
+
+    return wait_until(ready, "all workers are ready", client.status)
 
 
 def wait_for_copy_out(y: Array, rows: list[int], patience_s: float) -> list[int]:
@@ -117,9 +118,9 @@ def all_accounted_for(client: trtpool.Client, items: int) -> Iterator[None]:
 def test_a_worker_killed_in_copy_out_spoils_nothing(zoo, crowd_client, rng):
     """Its batches are retried at once by workers that stood still until then, into the same rows."""
     samples = zoo.samples("ppocr_det")
-    hits = 0
+    killed: list[int] = []
     for _ in range(8):
-        victim, *others = workers_ready(crowd_client, 2)
+        victim, *others = workers_ready(crowd_client, killed)
         retries = figures(crowd_client).retries
         with (
             all_accounted_for(crowd_client, ITEMS),
@@ -135,17 +136,17 @@ def test_a_worker_killed_in_copy_out_spoils_nothing(zoo, crowd_client, rng):
                 continue
             check_aftermath(work, suspects)
         assert figures(crowd_client).retries > retries
-        hits += 1
-        if hits == 3:
+        killed.append(victim)
+        if len(killed) == 3:
             break
-    assert hits
+    assert killed
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 def test_workers_that_die_at_any_moment_are_replaced(number, zoo, crowd, crowd_client, rng):
     """Two at a time, each at a moment of its own."""
     samples = zoo.samples("ppocr_det")
-    before = workers_ready(crowd_client, WORKERS)
+    before = workers_ready(crowd_client)
     victims = rng.permutation(before)[:2].tolist()
     with (
         all_accounted_for(crowd_client, ITEMS),
@@ -160,8 +161,7 @@ def test_workers_that_die_at_any_moment_are_replaced(number, zoo, crowd, crowd_c
         check_aftermath(work, [])
     for _ in victims:
         crowd.wait_for_line(f"ended: {number.name}", 2)
-    after = workers_ready(crowd_client, WORKERS)
-    assert set(before) - set(after) == set(victims)
+    assert set(before) - set(workers_ready(crowd_client, victims)) == set(victims)
     with Work(crowd_client, "ppocr_det", samples, samples.choose(rng, ITEMS)) as work:
         work.submit()
         work.check()

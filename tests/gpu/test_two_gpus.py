@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 import trtpool
-from tests.gpu.harness import Work, standing_still
+from tests.gpu.harness import Work, given_back, standing_still
 from tests.gpu.zoo import KINDS, Zoo
-from tests.system.rig import StartedPool, family, figures, wait_all_free, wait_until, watching
+from tests.system.rig import StartedPool, family, figures, wait_until, watching
 
 pytestmark = [pytest.mark.gpu, pytest.mark.gpu2, pytest.mark.system]
 
@@ -33,12 +33,10 @@ def pair(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Started
 
 @pytest.fixture
 def pair_client(pair: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
-    with pair.connect() as connected:
-        yield connected
-    request.node.funcargs.pop("pair_client", None)  # as with `client`
-    with pair.connect() as other:
-        wait_all_free(other)
-        workers(other)
+    with given_back(pair):
+        with pair.connect() as connected:
+            yield connected
+        request.node.funcargs.pop("pair_client", None)  # as with `client`
 
 
 def workers(client: trtpool.Client) -> dict[int, int]:

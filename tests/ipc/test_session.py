@@ -494,7 +494,7 @@ def test_a_pool_that_stays_full(pool, client, timeout_s):
             client.lease_many(5, timeout_s=timeout_s)
         with client.lease_many(4, timeout_s=timeout_s):
             pass
-    assert states(client) == ALL_FREE
+    until(client, lambda now: now.free == 16)  # what different clients send is not ordered
 
 
 def test_leases_are_granted_in_the_order_they_came(pool, client):

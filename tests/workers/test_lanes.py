@@ -181,7 +181,9 @@ def test_beyond_the_bound_the_graph_that_was_used_least_recently_goes(tmp_path, 
             rig.run(batch_of(items))
         assert [*rig.lanes[0]._graphs] == [4, 1, 5]
         assert rig.runtime.left()["graphexec"] == 3
-        for items in (8, 4):  # 8 comes back, and 4 goes
+        rig.run(batch_of(8))
+        assert [*rig.lanes[0]._graphs] == [4, 1, 5], "one that went is made again when its size has come twice again"
+        for items in (8, 4, 4):  # 8 comes back, and 4 goes
             rig.run(batch_of(items))
         assert [*rig.lanes[0]._graphs] == [5, 8, 4]
 
