@@ -354,7 +354,8 @@ class Supervisor:
             pause = BACK_OFF_S[min(worker.failures, len(BACK_OFF_S) - 1)]
             worker.failures += not worker.ready
             worker.start_at = time.monotonic() + (pause if worker.failures else 0)
-            log.error("%s ended: %s; another is started", worker.name, worker.said or how)
+            why = f"{worker.said} ({how})" if worker.said else how
+            log.error("%s ended: %s; another is started", worker.name, why)
 
     def _hear_out(self, worker: _Worker) -> None:
         """Wait for what a worker said before it ended: the broker reads that, at the latest when told of the end."""

@@ -109,8 +109,10 @@ NO_AIM: Final = (Aim(POOL, (BESIDE,)), *REPORTED)
 FIRST, SECOND, BOTH = "pool, 1st GPU", "pool, 2nd GPU", "pool, both GPUs"
 CEILING_1, CEILING_2, CEILINGS = "ceiling, 1st GPU", "ceiling, 2nd GPU", "ceilings, both"
 BESIDE_BOTH: Final = "both + writers"
+BEFOREHAND_1, BEFOREHAND_2, BEFOREHAND_BOTH = "1st, pre-written", "2nd, pre-written", "both, pre-written"
 OF_PAIR: Final = (
     Aim(BOTH, (FIRST, SECOND), 0.95),
+    Aim(BEFOREHAND_BOTH, (BEFOREHAND_1, BEFOREHAND_2)),
     Aim(CEILINGS, (CEILING_1, CEILING_2)),
     Aim(BESIDE_BOTH, (CEILING_1, CEILING_2)),
     Aim(BOTH, (BESIDE_BOTH,)),
@@ -282,6 +284,11 @@ def _at_rate_of(row: str, without: str) -> Callable[[dict[str, Row]], dict[str, 
     return options
 
 
+def _written_beforehand(_rows: dict[str, Row]) -> dict[str, float]:
+    """Producers submit what their slots hold already."""
+    return {"writes": 0.0}
+
+
 def _acts(case: GpuCase, options: Options, stack: contextlib.ExitStack) -> list[Act]:
     """The contenders on one GPU, started."""
     plan, gpu = options.plans[case.plan], options.gpus[0]
@@ -300,7 +307,7 @@ def _acts(case: GpuCase, options: Options, stack: contextlib.ExitStack) -> list[
         Act(CEILING, (ceiling,), on),
         Act(BESIDE, (ceiling,), on, _at_rate_of(BESIDE, CEILING)),
         Act(POOL, (pool,), on),
-        Act(BEFOREHAND, (pool,), on, lambda _rows: {"writes": 0.0}),
+        Act(BEFOREHAND, (pool,), on, _written_beforehand),
         Act(SERIES, (series,), on),
         Act(TODAY, (today,), on, rounds=TODAY_ROUNDS),
         Act(ALONE, (ceiling,), (), lambda _rows: {"alone": 1.0}, rounds=TODAY_ROUNDS, window_s=BUS_S + LEAD_S),
@@ -330,6 +337,9 @@ def _pair_acts(case: GpuCase, options: Options, stack: contextlib.ExitStack) -> 
         Act(FIRST, (one,), (first,)),
         Act(SECOND, (two,), (second,)),
         Act(BOTH, (both,), pair),
+        Act(BEFOREHAND_1, (one,), (first,), _written_beforehand),
+        Act(BEFOREHAND_2, (two,), (second,), _written_beforehand),
+        Act(BEFOREHAND_BOTH, (both,), pair, _written_beforehand),
     ]
 
 

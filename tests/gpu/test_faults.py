@@ -26,7 +26,7 @@ from tests.system.rig import (
     wait_until,
     watching,
 )
-from trtpool.ipc.errors import DeviceUnavailable
+from trtpool.ipc.errors import DeviceUnavailable, EngineFailed
 
 pytestmark = [pytest.mark.gpu, pytest.mark.system]
 
@@ -165,6 +165,74 @@ def test_workers_that_die_at_any_moment_are_replaced(number, zoo, crowd, crowd_c
     with Work(crowd_client, "ppocr_det", samples, samples.choose(rng, ITEMS)) as work:
         work.submit()
         work.check()
+
+
+# --- A GPU that fails ----------------------------------------------------------------------------
+
+SPOILER = """
+import os, sys, threading, time
+
+def spoil():
+    while True:  # whoever removes the file is the one to fail
+        try:
+            os.unlink(os.environ["TRTPOOL_TEST_SPOIL"])
+            break
+        except FileNotFoundError:
+            time.sleep(0.002)
+    from cuda.bindings import driver, runtime
+    runtime.cudaSetDevice(0)  # this thread joins the context that TensorRT works in
+    error, module = driver.cuModuleLoadData(PTX)
+    assert not error, error
+    error, kernel = driver.cuModuleGetFunction(module, b"spoil")
+    assert not error, error
+    (error,) = driver.cuLaunchKernel(kernel, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0)
+    assert not error, error
+
+PTX = b'''
+.version 7.0
+.target sm_70
+.address_size 64
+.visible .entry spoil() {
+    .reg .u64 %address;
+    mov.u64 %address, 16;
+    st.global.u64 [%address], %address;
+    ret;
+}
+\\0'''
+if sys.orig_argv[1:3] == ["-m", "trtpool.workers"]:
+    threading.Thread(target=spoil, daemon=True).start()
+"""
+"""A `sitecustomize` that makes one worker's GPU write to an address that is not there, while a file says so."""
+
+
+def test_a_gpu_that_faults_is_reported_and_its_work_done_by_another_worker(zoo, rng, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(SPOILER)
+    spoil = tmp_path / "spoil"
+    env = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]),
+        "TRTPOOL_TEST_SPOIL": str(spoil),
+    }
+    samples = zoo.samples("mlp")
+    with StartedPool(zoo.plan("mlp"), run_dir=tmp_path / "run", env=env, gpus=0, slots=512) as pool:
+        with pool.connect() as client:
+            (before,) = client.status().workers
+            spoil.touch()
+            ended: list[int] = []
+            while not ended:  # work goes on until the worker is another one
+                with Work(client, "mlp", samples, samples.choose(rng, 64)) as work:
+                    work.submit()
+                    work.check()
+                ended = [worker.pid for worker in client.status().workers if worker.pid != before.pid]
+            assert not spoil.exists()
+            (model,) = client.status().models
+            assert (model.failed_items, model.free) == (0, model.slots)
+        said = pool.wait_for_line("another is started", 2)
+        assert "illegal" in said, "the cause is told"
+        assert f"exit code {EngineFailed.exit_code}" in said
+        with watching(process.pid for process in family(pool.pid)) as wait:
+            pool.kill(signal.SIGTERM)
+            assert pool.wait() == 0
+            wait()
 
 
 # --- Too little memory ---------------------------------------------------------------------------

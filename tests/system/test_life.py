@@ -153,7 +153,7 @@ def test_a_worker_is_started_until_it_can_load(negate, run_dir, worker_does, tmp
             os.kill(worker, signal.SIGKILL)
             pool.wait_for_line("worker 1 ended: SIGKILL", 2)
             pool.wait_for_line("no disk", 2)
-            pool.wait_for_line("worker 1 ended: no disk; another is started", 2)
+            pool.wait_for_line("worker 1 ended: no disk (exit code 4); another is started", 2)
             assert figures(client).running == 0
             cannot.unlink()
             assert [answer(one) for one in work] == [-1, -2, -3]
