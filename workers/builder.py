@@ -31,7 +31,7 @@ from trtpool import __version__
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.building import BUILD_FORMAT, Builder, BuildRequest, Line, PlanRecord, PlanTensor, Progress
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, ModelError
-from trtpool.ipc.settings import Profile
+from trtpool.ipc.settings import BuildSettings, Profile
 
 from . import build_onnx
 from .devices import look
@@ -150,6 +150,7 @@ def _prepare(request: BuildRequest, flavour: Flavour, model: Any, say: Say) -> t
     changed = {}
     if options.io or converted:
         model = build_onnx.load(path, types=converted)
+        _check_int8(options, flavour, path, model)
         changed = build_onnx.change_io(model, options.io)
     if converted:
         say(Line(progress=Progress("converting to float16", 0, 0)))
@@ -163,6 +164,20 @@ def _prepare(request: BuildRequest, flavour: Flavour, model: Any, say: Say) -> t
     file = output.with_name("changed.onnx")
     build_onnx.save(model, file)
     return file, model
+
+
+def _check_int8(options: BuildSettings, flavour: Flavour, path: Path, model: Any) -> None:
+    """Where types do not come from the file, int8 is a quantized real number (seen in 8.6), and no plain byte.
+
+    Raises:
+        ModelError: int8 is asked for, and the model is not quantized.
+    """
+    quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
+    if "int8" in options.io.values() and not quantized and not _is_strongly_typed(flavour.module, fp16=options.fp16):
+        raise ModelError(
+            f"{flavour} takes int8 inputs and outputs of quantized models alone, and {path} has no QuantizeLinear or "
+            "DequantizeLinear; choose --io uint8 or --io fp16"
+        )
 
 
 def _is_strongly_typed(trt: Any, *, fp16: bool) -> bool:

@@ -111,7 +111,7 @@ class Plan:
         return bool(self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT)
 
     def _batches(self) -> tuple[bool, int, int]:
-        """Whether the batch axis is fixed, and the smallest and largest batch."""
+        """Whether the batch axis is fixed, and the smallest and largest batch; fewer items are padded to the first."""
         if not self._inputs or not self._outputs:
             raise ModelError(
                 f"{self._path} has no {'outputs' if self._inputs else 'inputs'}; there is nothing to serve"
@@ -132,13 +132,7 @@ class Plan:
         shown = ", ".join(f"{name} {low} to {high}" for name, (low, high) in ranges.items())
         if least > most:
             raise ModelError(f"the inputs of {self._path} have no batch size in common: {shown}; build it again")
-        fixed = all(self._dims(name)[0] >= 0 for name in self._inputs)
-        if fixed and most > 1:
-            raise ModelError(
-                f"{self._path} runs batches of exactly {most} ({shown}); build it with a range, such as "
-                f"--shapes {self._inputs[0]}=1:{most}:{most}"
-            )
-        return fixed, least, most
+        return all(self._dims(name)[0] >= 0 for name in self._inputs), least, most
 
     def _dims(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, -1 for what is open."""

@@ -111,6 +111,20 @@ def test_dtypes_of_inputs_and_outputs_are_in_the_file(trt, make: Make):
     assert {"a: uint8 for float32", "sum: float16 for float32", "precision: as in the file"} <= {*built.said}
 
 
+@pytest.mark.parametrize("fp16", [False, True])
+def test_int8_needs_a_quantized_model_where_types_are_not_those_of_the_file(fp16, trt, make: Make):
+    if major(trt) > 10 or (major(trt) == 10 and not fp16):
+        assert make(io={"a": "int8"}, fp16=fp16).plan["inputs"]["a"] == "INT8"
+        return
+    with pytest.raises(ModelError, match=r"takes int8 .* of quantized models alone .*; choose --io uint8"):
+        make(io={"a": "int8"}, fp16=fp16)
+    quantized = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> q (float[N,3] a) => (float[N,3] sum) <float s = {0.1}> '
+        "{ b = QuantizeLinear(a, s) sum = DequantizeLinear(b, s) }"
+    )
+    assert make(quantized, io={"a": "int8"}, fp16=fp16).plan["inputs"]["a"] == "INT8"
+
+
 def test_lanes_can_share_a_profile(trt, make: Make):
     assert make().plan["preview"] == ([["PROFILE_SHARING_0806", True]] if major(trt) < 11 else [])
 

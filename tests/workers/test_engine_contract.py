@@ -87,7 +87,11 @@ ALL_DTYPES: Graph = (
     [batched(f"{dtype}_in", (2, 3), dtype) for dtype in reversed(DTYPES)],
     [Tensor(f"{dtype}_out", ("N", 2, 3), dtype=dtype) for dtype in reversed(DTYPES)],
 )
-FIXED: Graph = ("neg", [Tensor("x", (1, 4))], [Tensor("y", (1, 4))])
+
+
+def fixed(batch: int) -> Graph:
+    return "neg", [Tensor("x", (batch, 4))], [Tensor("y", (batch, 4))]
+
 
 CASES = {
     "fake": Case(lambda _folder: negate(), lambda given: {"y": -given["x"]}),
@@ -100,7 +104,8 @@ CASES = {
     "tensorrt-cuda-12.9": tensorrt_case(TWO_IN_TWO_OUT, fail_index=True, driver=12090),
     "tensorrt-all-dtypes": tensorrt_case(ALL_DTYPES),
     "tensorrt-padded": tensorrt_case(neg(least=5)),
-    "tensorrt-fixed-batch-one": tensorrt_case(FIXED),
+    "tensorrt-fixed-batch-one": tensorrt_case(fixed(1)),
+    "tensorrt-fixed-batch": tensorrt_case(fixed(16)),
     "tensorrt-lean": tensorrt_case(neg(), flavour="lean"),
     "tensorrt-rtx": tensorrt_case(neg(), flavour="rtx"),
 }

@@ -109,6 +109,12 @@ def test_a_batch_of_one_may_be_fixed(path, runtime):
     assert (plan.min_batch, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (1, 1, (4,))
 
 
+def test_a_fixed_batch_is_padded(path, runtime):
+    write(path, [Tensor("x", (8, 4))], [Tensor("y", (8, 4))])
+    plan = load(path, runtime)
+    assert (plan.min_batch, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (8, 8, (4,))
+
+
 def test_a_batch_is_one_that_all_inputs_take(path, runtime):
     write(path, [batched("a", (4,), least=2, most=9), batched("b", (4,), least=1, most=6)])
     plan = load(path, runtime)
@@ -147,7 +153,6 @@ def test_an_item_shape_that_only_seems_open_need_not_be_given(path, runtime):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "words"),
     [
-        ([Tensor("x", (8, 4))], [Y], "runs batches of exactly 8 (x 8 to 8); build it with a range, such as --shap"),
         ([Tensor("x", ())], [Y], "input 'x' of {path} is a scalar without a batch axis; add one to the model"),
         (
             [batched("a", (4,), most=4), batched("b", (4,), least=5)],
