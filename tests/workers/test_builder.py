@@ -116,7 +116,7 @@ def test_int8_needs_a_quantized_model_where_types_are_not_those_of_the_file(fp16
     if major(trt) > 10 or (major(trt) == 10 and not fp16):
         assert make(io={"a": "int8"}, fp16=fp16).plan["inputs"]["a"] == "INT8"
         return
-    with pytest.raises(ModelError, match=r"takes int8 .* of quantized models alone .*; choose --io uint8"):
+    with pytest.raises(ModelError, match=r"takes int8 .* of quantized models alone, .*; choose --io uint8"):
         make(io={"a": "int8"}, fp16=fp16)
     quantized = onnx.parser.parse_model(
         '<ir_version: 8, opset_import: ["": 17]> q (float[N,3] a) => (float[N,3] sum) <float s = {0.1}> '
