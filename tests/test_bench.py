@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx.numpy_helper
 import pytest
@@ -206,7 +207,7 @@ def test_a_source_goes_round_and_never_gives_a_slot_what_it_had():
     assert np.array_equal(target[1], source.row(4)["x"])
 
 
-def mean_of(source: Source, rows: slice) -> np.ndarray:
+def mean_of(source: Source, rows: slice) -> npt.NDArray[np.float32]:
     return np.stack([source.row(row)["x"].mean(keepdims=True)[0, 0] for row in range(rows.start, rows.stop)])
 
 

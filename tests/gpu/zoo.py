@@ -289,6 +289,7 @@ class Zoo:
 
         def run(x: Array) -> Array:
             answers = [session.run(None, {given.name: x[item : item + 1]})[0] for item in range(len(x))]
-            return np.concatenate(answers).astype(np.float64)
+            joined: Array = np.concatenate(answers).astype(np.float64)
+            return joined
 
         return run

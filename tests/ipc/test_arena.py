@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from trtpool.ipc import arena
@@ -368,7 +369,7 @@ def test_pages_that_were_touched_cost_no_faults_when_they_are_written():
     os.close(fd)
     pages = 2 * Residence.STEP_BYTES // PAGE_BYTES
     Residence(mapping).touch(Residence.STEP_BYTES, 2 * Residence.STEP_BYTES)
-    rows = np.ndarray((2 * Residence.STEP_BYTES,), np.uint8, mapping, Residence.STEP_BYTES)
+    rows: npt.NDArray[np.uint8] = np.ndarray((2 * Residence.STEP_BYTES,), np.uint8, mapping, Residence.STEP_BYTES)
     before = faults()
     rows[:] = 7
     assert faults() - before < pages // 8
