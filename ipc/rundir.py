@@ -122,8 +122,8 @@ def check_way(path: Path, what: str = "run directory") -> None:
 
     def refuse(part: Path, why: str) -> RunDirError:
         return RunDirError(
-            f"the {what} {path} could be exchanged by others, since {part} {why}; choose another place, below "
-            "directories that only you or root may write to, or in /tmp"
+            f"the {what} {path} could be exchanged by others, since {part} {why}; choose another place: below "
+            "directories that only you or root may write to, or that are sticky, as /tmp and /dev/shm mostly are"
         )
 
     def check(part: Path, info: os.stat_result) -> None:
