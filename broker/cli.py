@@ -26,6 +26,7 @@ from . import supervisor
 from .cli_build import build, build_options
 from .gpus import gpu_list
 from .pool import make_settings
+from .users import user_ids
 from .view import show_report
 
 _CODES: Final = (
@@ -87,6 +88,13 @@ def _parse_shapes(
 def _parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     try:
         return () if value is None else gpu_list(value)
+    except ConfigError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+def _parse_users(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> tuple[int, ...]:
+    try:
+        return user_ids(values)
     except ConfigError as error:
         raise click.BadParameter(str(error)) from error
 
@@ -180,6 +188,14 @@ def cli() -> None:
     default=30.0,
     show_default=True,
     help="How long a stopping pool waits for work in flight.",
+)
+@click.option(
+    "--allow-user",
+    "allow_users",
+    multiple=True,
+    callback=_parse_users,
+    metavar="NAME|UID",
+    help="A user who may attach besides you, and is trusted with all data in the pool.  Again for each.",
 )
 def start(
     *,

@@ -17,7 +17,7 @@ import msgspec
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.layout import ModelLayout
-from trtpool.ipc.settings import MAX_ATTEMPTS
+from trtpool.ipc.settings import MAX_ATTEMPTS, MAX_WAITING_REQUESTS
 
 from .batching import Work, halves, rows_of
 from .events import (
@@ -119,6 +119,7 @@ class Core:
         self._drained = False
         self.suspects = 0  # groups of work that must run alone, waiting or running
         self.violations = 0
+        self.max_waiting = MAX_WAITING_REQUESTS
         self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
             ProducerJoined: self._producer_joined,
             WorkerJoined: self._worker_joined,
@@ -269,8 +270,8 @@ class Core:
     def _forget_requests(self, producer: Producer) -> None:
         for model in self.models:
             for request in model.waiting:
-                if request.producer is producer:
-                    request.over = True
+                if request.producer is producer and not request.over:
+                    request.end()
 
     def _unqueue(self, producer: Producer) -> list[Work]:
         """Take everything that `producer` has queued out of the queues."""
@@ -326,6 +327,13 @@ class Core:
             )
         if self.draining:
             raise _Refused(m.CLOSING, "the pool is stopping and grants no more slots", request)
+        if message.wait_ns != 0 and producer.waiting >= self.max_waiting:
+            raise _Refused(
+                m.BUSY,
+                f"{producer.waiting} requests of this client wait for slots, and more may not: ask for several slots "
+                "in one request (lease_many), or release results first",
+                request,
+            )
         if message.wait_ns == 0:
             self._lease_now(producer, model, message)
             return
@@ -377,7 +385,7 @@ class Core:
                     request.recalled = True
                     self._recall(model, besides=producer)
                 break
-            request.over = True
+            request.end()
         waiting.extendleft(reversed(kept))
 
     def _recall(self, model: Model, besides: Producer) -> None:
@@ -582,7 +590,7 @@ class Core:
             for request in model.waiting:
                 if not request.over:
                     text = "the pool is stopping and grants no more slots"
-                    request.over = True  # its timer must not answer it again
+                    request.end()  # its timer must not answer it again
                     self._send(request.producer.peer, m.Error(m.CLOSING, text, request.request))
             model.waiting.clear()
 
@@ -606,15 +614,19 @@ class Core:
 
     def _fire_timers(self) -> None:
         dropped: dict[Model, set[Work]] = {}
+        late_requests = set()
         while self._timers and self._timers[0][0] <= self.now_ns:
             what = heapq.heappop(self._timers)[2]
             if isinstance(what, Request):
                 if not what.over:
-                    what.over = True
+                    what.end()
+                    late_requests.add(what.model)
                     text = self._busy_text(what.producer, what.model, what.count)
                     self._send(what.producer.peer, m.Error(m.BUSY, text, what.request))
             elif isinstance(what, Work) and self._is_due(what):
                 dropped.setdefault(what.lease.model, set()).add(what)
+        for model in late_requests:  # those behind one that lacks room would else be kept as long as that waits
+            model.waiting = deque(request for request in model.waiting if not request.over)
         for model, late in dropped.items():
             for work in self._withdraw(model, late.__contains__):
                 self._expire(work)

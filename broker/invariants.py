@@ -38,6 +38,8 @@ def _validate_producers(core: Core) -> list[bytearray]:
                     taken[lease.model.index][slot] = 1
                     held[producer.peer][lease.model.index] += 1
         assert producer.held == held[producer.peer], "a producer's slots were miscounted"
+        asked = [one for model in core.models for one in model.waiting if one.producer is producer and not one.over]
+        assert producer.waiting == len(asked) <= core.max_waiting, "a producer's requests were miscounted"
         for model in core.models:
             assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
     return taken

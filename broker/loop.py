@@ -29,7 +29,7 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.pipe import FRAME_BYTES
 from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
-from trtpool.ipc.rundir import ZMQ_PREFIX
+from trtpool.ipc.rundir import ZMQ_PREFIX, socket_mode
 from trtpool.ipc.settings import MAX_FRAME_BYTES, PROTOCOL_VERSION, BrokerConfig
 
 from . import control as c
@@ -53,6 +53,9 @@ MAX_FRAMES_OF_A_PEER: Final = 64
 
 MAX_OUTBOX_FRAMES: Final = 1024
 """Frames kept for a peer that reads too slowly; one more ends its connection."""
+
+MAX_DENIED_LOGGED: Final = 100
+"""Users whose first refusal is logged."""
 
 RETRY_NS: Final = 5_000_000
 """How long until a full outbox is tried again, and new connections after running out of descriptors."""
@@ -118,7 +121,12 @@ class Loop:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.LINGER, BYE_LINGER_MS)
+        self._allowed = {os.getuid(), *config.allow_users}
+        for uid in self._allowed:  # ZeroMQ takes a C int; who is not named gets no connection
+            self._router.setsockopt(zmq.IPC_FILTER_UID, uid if uid < 2**31 else uid - 2**32)
+        self._denied: set[int] = set()
         self._router.bind(self._endpoint)
+        Path(self._endpoint.removeprefix("ipc://")).chmod(socket_mode(shared=bool(config.allow_users)))
         self._epoll = select.epoll()
         self._zmq_fd = int(self._router.getsockopt(zmq.FD))
         self._zmq_used = True
@@ -200,9 +208,15 @@ class Loop:
 
     def _admit(self, sock: socket.socket) -> None:
         who = peer_credentials(sock)
-        if who.uid != os.getuid():
-            log.warning("user %d was refused (process %d)", who.uid, who.pid)
-            lifeline.send_packet(sock, lifeline.Denial(f"user {who.uid} may not attach to pool {self._config.name!r}"))
+        if who.uid not in self._allowed:
+            if who.uid not in self._denied and len(self._denied) < MAX_DENIED_LOGGED:  # or anyone could fill the log
+                self._denied.add(who.uid)
+                log.warning("user %d was refused (process %d); said once for each user", who.uid, who.pid)
+            text = (
+                f"user {who.uid} may not attach to pool {self._config.name!r}: run as user {os.getuid()}, or start the "
+                f"pool with --allow-user {who.uid}"
+            )
+            lifeline.send_packet(sock, lifeline.Denial(text))
             sock.close()
             return
         self._add_peer(sock, peer_pidfd(sock), who.pid, worker=None)

@@ -31,6 +31,7 @@ from trtpool.ipc.settings import (
 from .control import SuperviseConfig
 from .gpus import gpu_list
 from .planning import child_environment, error_of
+from .users import user_ids
 
 _numbers = itertools.count(1)
 
@@ -148,6 +149,8 @@ class Pool(Client):
         workers: processes of a pool on the CPU; 1 by default.
         workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
             drain_timeout_s: see `trtpool.ipc.settings.PoolSettings`.
+        allow_users: names or numbers of users who may attach besides this one; `run_dir` must then be in a place
+            that they can get to.  See docs/security.md for what that trusts them with.
         transport: what carries this client's messages, see `trtpool.connect`.
 
     Raises:
@@ -179,6 +182,7 @@ class Pool(Client):
         max_delay_us: int = 0,
         max_slots_per_producer: int = 0,
         drain_timeout_s: float = 30.0,
+        allow_users: Sequence[int | str] = (),
         transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         self._session = None
@@ -210,6 +214,7 @@ class Pool(Client):
             max_delay_us=max_delay_us,
             max_slots_per_producer=max_slots_per_producer,
             drain_timeout_s=drain_timeout_s,
+            allow_users=user_ids(allow_users),
         )
         self._owner = os.getpid()
         self._drain_timeout_s = drain_timeout_s

@@ -56,18 +56,25 @@ class Request:
         self.deadline_ns = deadline_ns
         self.over = False
         self.recalled = False
+        producer.waiting += 1
+
+    def end(self) -> None:
+        """It was answered, or nobody waits for the answer."""
+        self.over = True
+        self.producer.waiting -= 1
 
 
 class Producer:
-    """A client. `held` counts its slots of each model."""
+    """A client. `held` counts its slots of each model, `waiting` its requests that are not answered."""
 
-    __slots__ = ("closed", "held", "leases", "peer")
+    __slots__ = ("closed", "held", "leases", "peer", "waiting")
 
     def __init__(self, peer: int, models: int) -> None:
         self.peer = peer
         self.held = [0] * models
         self.leases: dict[int, LeaseRecord] = {}
         self.closed = False
+        self.waiting = 0
 
 
 class Worker:

@@ -174,14 +174,15 @@ class Supervisor:
     # ------------------------------------------------------------------ starting
 
     def _start(self) -> None:
-        run_dir = RunDir.claim(Path(self._settings.run_dir))
+        shared = bool(self._settings.allow_users)
+        run_dir = RunDir.claim(Path(self._settings.run_dir), shared=shared)
         self._stack.callback(run_dir.release)
         gpus = self._look_at_gpus()
         settings = self._settings
         layout = lay_out(settings, inspect(self._requests, self._interrupts, next(iter(settings.gpus), None)))
         arena_fd = create_segment(layout.segment_bytes, huge_pages=settings.huge_pages)
         self._stack.callback(os.close, arena_fd)
-        listener = self._stack.enter_context(lifeline.listen(run_dir.path))
+        listener = self._stack.enter_context(lifeline.listen(run_dir.path, shared=shared))
         self._start_broker(layout, listener, arena_fd)
         self._wait_for(lambda: self._broker_ready)
         for worker in self._workers:
@@ -240,6 +241,7 @@ class Supervisor:
                 listener_fd=listener.fileno(),
                 control_fd=theirs.fileno(),
                 arena_fd=arena_fd,
+                allow_users=self._settings.allow_users,
             )
             fds = [listener.fileno(), theirs.fileno(), arena_fd]
             self._spawn("trtpool.broker", config, fds, None)

@@ -28,7 +28,8 @@ import msgspec
 
 from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError
 from .layout import Layout
-from .rundir import LIFELINE
+from .process import peer_credentials
+from .rundir import LIFELINE, default_root, socket_mode
 from .settings import PROTOCOL_VERSION, TOKEN_BYTES
 
 PACKET_BYTES: Final = 160 * 1024
@@ -63,6 +64,10 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         if len(self.token) not in (0, TOKEN_BYTES):
             raise ValueError(f"a token has {TOKEN_BYTES} bytes, not {len(self.token)}")
 
+    def __repr__(self) -> str:
+        """Without the token, which no log shall show."""
+        return f"Description(version={self.version}, epoch={self.epoch}, pool={self.pool!r})"
+
 
 class Denial(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="denial"):
     """Sent in place of a description: `text` says why, and what to do."""
@@ -74,13 +79,13 @@ _decoder = msgspec.msgpack.Decoder(Description | Denial)
 _encoder = msgspec.msgpack.Encoder()
 
 
-def listen(run_dir: Path) -> socket.socket:
-    """A listening lifeline socket in `run_dir`, non-blocking, mode 0600."""
+def listen(run_dir: Path, *, shared: bool = False) -> socket.socket:
+    """A listening lifeline socket in `run_dir`, non-blocking; `shared`: other users are allowed."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         path = run_dir / LIFELINE
         sock.bind(os.fspath(path))
-        path.chmod(0o600)
+        path.chmod(socket_mode(shared=shared))
         sock.listen(1024)
         sock.setblocking(False)
     except BaseException:
@@ -134,7 +139,7 @@ def connect(run_dir: Path) -> socket.socket:
 
     Raises:
         PoolNotFound: nothing listens there.
-        AccessDenied: the directory is closed to this user.
+        AccessDenied: the directory is closed to this user, or is ours and somebody else listens in it.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
@@ -142,7 +147,10 @@ def connect(run_dir: Path) -> socket.socket:
         sock.connect(os.fspath(run_dir / LIFELINE))
     except PermissionError as error:
         sock.close()
-        raise AccessDenied(f"user {os.getuid()} may not attach to the pool in {run_dir}") from error
+        raise AccessDenied(
+            f"user {os.getuid()} may not attach to the pool in {run_dir}: run as the user who started it, or start it "
+            f"with --allow-user {os.getuid()}"
+        ) from error
     except OSError as error:
         sock.close()
         raise PoolNotFound(
@@ -151,6 +159,14 @@ def connect(run_dir: Path) -> socket.socket:
     except BaseException:
         sock.close()
         raise
+    owner = peer_credentials(sock).uid
+    if run_dir.parent == default_root() and owner != os.getuid():
+        # Not a pool that was named with --run-dir, but one in the place where only ours should be.
+        sock.close()
+        raise AccessDenied(
+            f"what answers in {run_dir} belongs to user {owner} and not to you, so nothing was sent to it; a pool for "
+            "several users is to be started elsewhere, with --run-dir"
+        )
     return sock
 
 

@@ -77,6 +77,10 @@ class Hello(_Message, frozen=True, tag=1):
     version: U31
     token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
 
+    def __repr__(self) -> str:
+        """Without the token, which no log shall show."""
+        return f"Hello(version={self.version})"
+
 
 class Welcome(_Message, frozen=True, tag=2):
     """The answer to Hello. `caps` has, for each model, the most slots this peer may hold."""

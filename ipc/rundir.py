@@ -2,12 +2,14 @@
 
 ::
 
-    RUN_DIR/          0700, ours
-        lock          flock held by the supervisor while it lives; holds its pid
-        lifeline      AF_UNIX SOCK_SEQPACKET
-        zmq-EPOCH     the broker's ROUTER, ipc://
+    RUN_DIR/          0700, ours                0711 where other users are allowed
+        lock          0600                      0600    flock held by the supervisor while it lives; holds its pid
+        lifeline      0600                      0666    AF_UNIX SOCK_SEQPACKET
+        zmq-EPOCH     0600                      0666    the broker's ROUTER, ipc://
 
 A directory whose lock is free is left over from a pool that was killed: `claim` empties it.
+
+Where other users are allowed, the modes let everybody connect, and the broker turns away who is not allowed.
 """
 
 from __future__ import annotations
@@ -30,12 +32,26 @@ ZMQ_PREFIX: Final = "zmq-"
 SUN_PATH_BYTES: Final = 107
 """Longest path of a Unix socket (unix(7): 108 with the final NUL)."""
 
+MAX_LINKS: Final = 40
+"""Most links followed on the way to a run directory; the kernel's own limit, path_resolution(7)."""
+
+
+def run_dir_mode(*, shared: bool) -> int:
+    """The mode of a run directory; `shared`: users other than the pool's own are allowed."""
+    return 0o711 if shared else 0o700
+
+
+def socket_mode(*, shared: bool) -> int:
+    """The mode of a socket in a run directory."""
+    return 0o666 if shared else 0o600
+
 
 def default_root() -> Path:
     """`$XDG_RUNTIME_DIR/trtpool`, else ``/tmp/trtpool-UID``."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and Path(runtime).is_dir():
-        return Path(runtime) / "trtpool"
+    with contextlib.suppress(PermissionError):  # it may be left over from another user, by su or sudo
+        if runtime and Path(runtime).is_dir():
+            return Path(runtime) / "trtpool"
     return Path("/tmp") / f"trtpool-{os.getuid()}"  # noqa: S108  # checked for owner, mode and links before use
 
 
@@ -60,8 +76,13 @@ def check_path_length(run_dir: Path) -> None:
         )
 
 
-def check_private(path: Path, *, what: str = "run directory") -> None:
+def check_private(path: Path, *, what: str = "run directory", entered: bool = False) -> None:
     """Refuse a directory that is a link, someone else's, or open to others.
+
+    Args:
+        path: the directory.
+        what: what to call it.
+        entered: whether others may pass through it, as they may through one of a pool with several users.
 
     Raises:
         RunDirError: it is one of these, or no directory.
@@ -76,11 +97,75 @@ def check_private(path: Path, *, what: str = "run directory") -> None:
         raise RunDirError(f"the {what} {path} is not a directory; remove it or choose another with --run-dir")
     if info.st_uid != os.getuid():
         raise RunDirError(f"the {what} {path} belongs to uid {info.st_uid}, not to you; choose another with --run-dir")
-    if info.st_mode & 0o077:
+    if info.st_mode & (0o066 if entered else 0o077):
         raise RunDirError(
             f"the {what} {path} has mode {stat.S_IMODE(info.st_mode):04o}, so others could get in; "
             f"run: chmod 700 {path}"
         )
+
+
+def check_way(path: Path, what: str = "run directory") -> None:
+    """Refuse a path of which somebody else could exchange a part, and so put another thing in its place.
+
+    Each directory on the way, and each link, must belong to us, to root, or to the owner of ``/``, who is root seen
+    from within a user namespace.  A directory that others may write to must be sticky, as /tmp is: what is ours in
+    it is then ours alone.  Our own group counts as ourselves, since many systems give each user one.
+
+    Args:
+        path: absolute; its last part need not be there yet.
+        what: what to call it.
+
+    Raises:
+        RunDirError: somebody else could; the text says where.
+    """
+    trusted = {0, os.getuid(), Path("/").stat().st_uid}
+
+    def refuse(part: Path, why: str) -> RunDirError:
+        return RunDirError(
+            f"the {what} {path} could be exchanged by others, since {part} {why}; choose another place: below "
+            "directories that only you or root may write to, or that are sticky, as /tmp and /dev/shm mostly are"
+        )
+
+    def check(part: Path, info: os.stat_result) -> None:
+        if info.st_uid not in trusted:
+            raise refuse(part, f"belongs to uid {info.st_uid}")
+        others = 0o002 if info.st_gid == os.getgid() else 0o022
+        if stat.S_ISDIR(info.st_mode) and info.st_mode & others and not info.st_mode & stat.S_ISVTX:
+            raise refuse(part, f"has mode {stat.S_IMODE(info.st_mode):04o}")
+
+    here, todo, links = Path("/"), [*reversed(path.parts[1:-1])], 0
+    try:
+        check(here, here.stat())
+        while todo:
+            name = todo.pop()
+            entry = here.parent if name == ".." else here / name
+            info = entry.lstat()
+            check(entry, info)
+            if stat.S_ISLNK(info.st_mode):
+                links += 1
+                if links > MAX_LINKS:
+                    raise refuse(entry, "leads through too many links")
+                target = entry.readlink()
+                here = Path("/") if target.is_absolute() else here
+                todo += [part for part in reversed(target.parts) if part != "/"]
+            else:
+                here = entry
+    except OSError:  # whoever makes or opens it says what is wrong
+        return
+
+
+def check_reachable(path: Path) -> None:
+    """Refuse a run directory for several users to which nobody but us can get.
+
+    Raises:
+        RunDirError: one of the directories above it lets nobody else pass.
+    """
+    for part in path.parents:
+        if part.exists() and not part.stat().st_mode & 0o011:
+            raise RunDirError(
+                f"the users that --allow-user names cannot get to the run directory {path}, since {part} has mode "
+                f"{stat.S_IMODE(part.stat().st_mode):04o}; choose another with --run-dir, such as /tmp/pool"
+            )
 
 
 class RunDir:
@@ -91,14 +176,21 @@ class RunDir:
         self._lock_fd = lock_fd
 
     @classmethod
-    def claim(cls, path: Path) -> RunDir:
+    def claim(cls, path: Path, *, shared: bool = False) -> RunDir:
         """Make the directory if need be, lock it, and remove what a killed pool left in it.
+
+        Args:
+            path: where, absolute.
+            shared: users other than the pool's own are allowed.
 
         Raises:
             RunDirError: it cannot be used.
             NameInUse: a pool runs there.
         """
         check_path_length(path)
+        check_way(path if path.parent != default_root() else path.parent)
+        if shared:
+            check_reachable(path)
         parent = path.parent
         try:
             if parent == default_root():
@@ -111,7 +203,7 @@ class RunDir:
             raise RunDirError(
                 f"the run directory {path} cannot be made: {error.strerror}; choose another with --run-dir"
             ) from error
-        check_private(path)
+        _check_mode(path, run_dir_mode(shared=shared))
         try:
             fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -129,12 +221,13 @@ class RunDir:
                 os.ftruncate(fd, 0)  # first, so that nobody takes a dead pool's pid for ours
                 os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
                 _remove_leftovers(path)
+                path.chmod(run_dir_mode(shared=shared))
         except BaseException:
             os.close(fd)
             raise
         if removed:
             os.close(fd)
-            return cls.claim(path)
+            return cls.claim(path, shared=shared)
         return cls(path, fd)
 
     def release(self) -> None:
@@ -151,11 +244,29 @@ class RunDir:
         self._lock_fd = -1
 
 
+def _check_mode(path: Path, wanted: int) -> None:
+    """Refuse a directory that is not ours, or whose mode is neither `wanted` nor ours to change.
+
+    One that holds nothing but what pools make was made by one, perhaps with other users than this.
+    """
+    check_private(path, entered=True)
+    mode = path.stat().st_mode & 0o777
+    if mode != wanted and not all(entry.name == LOCK or _is_socket_of_ours(entry) for entry in path.iterdir()):
+        raise RunDirError(
+            f"the run directory {path} has mode {mode:04o} and holds other files than a pool's: choose another with "
+            f"--run-dir, or run: chmod {wanted:o} {path}"
+        )
+
+
+def _is_socket_of_ours(entry: Path) -> bool:
+    ours = entry.name == LIFELINE or entry.name.startswith(ZMQ_PREFIX)
+    return ours and stat.S_ISSOCK(entry.lstat().st_mode)
+
+
 def _remove_leftovers(path: Path) -> None:
     """Remove what pools make; sockets and nothing else, so that a wrong --run-dir loses no data."""
     for entry in path.iterdir():
-        ours = entry.name == LIFELINE or entry.name.startswith(ZMQ_PREFIX)
-        if ours and stat.S_ISSOCK(entry.lstat().st_mode):
+        if _is_socket_of_ours(entry):
             entry.unlink()
 
 
@@ -176,7 +287,7 @@ def running_supervisor(path: Path) -> int:
     missing = PoolNotFound(f"no pool runs in {path}; start one with `trtpool start`")
     if not path.exists():
         raise missing
-    check_private(path)
+    check_private(path, entered=True)
     try:
         fd = os.open(path / LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:

@@ -36,6 +36,10 @@ FLAVOURS: Final = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx", "lean": "tenso
 MAX_ATTEMPTS: Final = 3
 """Times an item may end a worker, or fail in one, while it runs alone."""
 
+MAX_WAITING_REQUESTS: Final = 1024
+"""Lease requests of one client that may wait at once; one more is refused."""
+
+Uid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
 Gpu = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9/-]{1,100})\Z")]
 Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31)], ...], msgspec.Meta(max_length=16)]
 
@@ -153,6 +157,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             free worker takes what there is, and batches grow by themselves while all are busy.
         max_slots_per_producer: slots of one model that one client may hold; 0 means all but one batch.
         drain_timeout_s: how long a stopping pool waits for work in flight.
+        allow_users: numbers of the users who may attach besides the pool's own.
     """
 
     models: tuple[ModelSource, ...]
@@ -170,6 +175,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_delay_us: Annotated[int, msgspec.Meta(ge=0, le=60_000_000)] = 0
     max_slots_per_producer: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
+    allow_users: Annotated[tuple[Uid, ...], msgspec.Meta(max_length=256)] = ()
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -207,7 +213,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs."""
+    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
+
+    `allow_users` are those who may attach besides the pool's own.
+    """
 
     parent_pid: int
     name: str
@@ -220,3 +229,4 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listener_fd: int
     control_fd: int
     arena_fd: int
+    allow_users: tuple[Uid, ...] = ()

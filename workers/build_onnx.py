@@ -22,6 +22,7 @@ from trtpool.ipc.errors import ConfigError, MissingExtra, ModelError
 from trtpool.ipc.settings import Profile
 
 from .build_float16 import convert, graphs, insert_cast, names
+from .trust import check_file
 
 IO_DTYPES: Final = {
     "fp32": "float32", "float32": "float32", "fp16": "float16", "float16": "float16", "uint8": "uint8", "int8": "int8",
@@ -77,9 +78,12 @@ def load(path: Path, *, weights: bool = True, types: bool = False) -> Any:
     if path.is_dir():
         raise ModelError(f"{path} is not a file; name the .onnx file itself")
     try:
+        check_file(path, path.stat())
         model = onnx.load(os.fspath(path), load_external_data=False)
     except OSError as error:
         raise ModelError(f"cannot read the model {path}: {error.strerror}; check path and permissions") from error
+    except ModelError:
+        raise
     except Exception as error:  # DecodeError of whichever protobuf is there
         raise ModelError(f"{path} is damaged or no ONNX model; copy it again, or export the model to ONNX") from error
     if not model.graph.output:  # an empty file decodes too

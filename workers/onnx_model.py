@@ -22,6 +22,8 @@ import numpy as np
 from trtpool.ipc.errors import MissingExtra, ModelError
 from trtpool.ipc.tensors import DTYPES, ModelSpec, TensorSpec
 
+from .trust import check_file
+
 ERROR_CHARACTERS: Final = 400
 """onnxruntime's texts are cut to this length: they can hold whole graphs."""
 
@@ -42,6 +44,7 @@ def load(path: Path, threads: int) -> Any:
         with path.open("rb") as file:
             if not file.read(1):
                 raise ModelError(f"{path} is empty; export or copy the model again")
+            check_file(path, os.fstat(file.fileno()))
     except OSError as error:
         raise ModelError(f"cannot read the model {path}: {error.strerror}; check path and permissions") from error
     try:

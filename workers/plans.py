@@ -26,6 +26,7 @@ from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from .cuda import Cuda
 from .engine import EngineError
 from .flavours import HEADER_BYTES, Flavour, load_flavour, logger, plan_version, take_errors
+from .trust import check_file
 
 DTYPES: Final = {
     "FLOAT": "float32",
@@ -265,6 +266,7 @@ def _load(path: Path, settings: EngineSettings, cuda: Cuda) -> tuple[Flavour, An
             header = file.read(HEADER_BYTES)
             if not header:
                 raise ModelError(f"{path} is empty; build or copy the plan again")
+            check_file(path, os.fstat(file.fileno()), runs_code=settings.host_code)
             try:
                 flavour = load_flavour(settings.flavour, header)
             except ModelError as error:

@@ -969,3 +969,36 @@ def test_the_core_does_no_input_or_output():
     """No sockets, clock or threads: nothing of the kind is within its reach."""
     banned = {"socket", "zmq", "time", "threading", "select", "os"}
     assert not banned & set(vars(core_module))
+
+
+# --- Floods --------------------------------------------------------------------------------------
+
+
+def test_a_flood_of_lease_requests_is_bounded_for_each_client():
+    rig = Rig((4, 1, 1))
+    rig.join(1, 2)
+    rig.lease(1, 3)
+    rig.core.max_waiting = 5
+    for number in range(1, 6):
+        assert rig.say(2, m.Lease(number, 0, 2, None)) == []
+    assert "ask for several slots in one request" in rig.refused(2, m.Lease(6, 0, 2, None), m.BUSY).text
+    assert rig.say(1, m.Lease(1, 0, 2, None)) == []  # another's
+    rig.turn()
+    assert rig.refused(2, m.Lease(6, 0, 2, 0), m.BUSY).request == 6  # who does not wait is answered as ever
+    lease_id = next(iter(rig.core.producers[1].leases))
+    assert sent(rig.say(1, m.Release(lease_id, 0, 3)) + rig.turn(), m.Grant, 2)
+    assert rig.say(2, m.Lease(6, 0, 2, None)) == []  # one was granted, so that one more may wait
+
+
+def test_requests_that_are_over_are_not_kept_behind_one_that_waits_for_ever():
+    rig = Rig((4, 1, 1))
+    rig.join(1, 2, 3)
+    rig.lease(1, 3)
+    assert rig.say(2, m.Lease(1, 0, 3, None)) == []
+    rig.turn()
+    for number in range(1, 3000):
+        rig.core.handle(e.Received(3, m.Lease(number, 0, 1, 1)), rig.now_ns)
+        (error,) = sent(rig.turn(1), m.Error, 3)
+        assert (error.code, error.request) == (m.BUSY, number)
+        assert len(rig.core.models[0].waiting) <= 2
+    assert rig.core.producers[3].waiting == 0

@@ -68,6 +68,7 @@ class CoreMachine(RuleBasedStateMachine):
     @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]), gpus=st.sampled_from([0, 2, 3]))
     def start(self, delay_us, cap, gpus):
         self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap, gpus=gpus)
+        self.rig.core.max_waiting = 3
         self.gpus = gpus
         self.delay_us = delay_us
         self.models = self.rig.core.models
@@ -271,6 +272,8 @@ class CoreMachine(RuleBasedStateMachine):
             self.rig.refused(peer, message)
         elif count > self.models[model].cap:
             self.rig.refused(peer, message, m.TOO_LARGE)
+        elif wait != 0 and len(client.requests) == 3:
+            assert "more may not" in self.rig.refused(peer, message, m.BUSY).text
         else:
             client.requests[request] = (model, count)
             self.learn(self.rig.say(peer, message))

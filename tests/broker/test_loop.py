@@ -22,8 +22,10 @@ from trtpool.broker.loop import Loop, configure
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.arena import create_segment
+from trtpool.ipc.errors import AccessDenied
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.pipe import FRAME_BYTES
+from trtpool.ipc.process import Credentials
 from trtpool.ipc.report import PoolReport
 from trtpool.ipc.rundir import RunDir
 from trtpool.ipc.settings import BrokerConfig
@@ -199,6 +201,29 @@ def test_work_that_arrives_together_is_one_batch(broker):
     assert [(rows.first, rows.count) for rows in run.rows] == [(0, 4)]
     worker.finish(run)
     assert len(client.receive()) == 4
+
+
+# --- Users ---------------------------------------------------------------------------------------
+
+
+def test_root_too_must_be_allowed(broker, monkeypatch):
+    """It could become any user; but root of a container may have no right except its number."""
+    broker.loop._allowed = {os.getuid() + 1}
+    with contextlib.closing(lifeline.connect(broker.run_dir.path)) as sock:
+        with pytest.raises(AccessDenied, match=rf"user {os.getuid()} may not attach .* --allow-user {os.getuid()}"):
+            lifeline.receive_description(sock)
+        assert sock.recv(1) == b""
+    broker.loop._allowed = {os.getuid()}
+    assert broker.client().alive()
+
+
+def test_so_many_users_are_logged(broker, monkeypatch, caplog):
+    monkeypatch.setattr(loop_module, "MAX_DENIED_LOGGED", 2)
+    for uid in (7, 8, 7, 9, 10):
+        monkeypatch.setattr(loop_module, "peer_credentials", lambda _, uid=uid: Credentials(1, uid, 1))
+        with contextlib.closing(lifeline.connect(broker.run_dir.path)) as sock, pytest.raises(AccessDenied):
+            lifeline.receive_description(sock)
+    assert [record.getMessage()[:18] for record in caplog.records] == ["user 7 was refused", "user 8 was refused"]
 
 
 # --- Time ----------------------------------------------------------------------------------------

@@ -211,6 +211,176 @@ def test_a_lock_that_is_no_file_is_refused(base, kind):
     assert victim.read_text() == "precious"
 
 
+# --- The way to it ---
+
+
+def writable_by_all(base: Path) -> Path:
+    (base / "open").mkdir()
+    (base / "open").chmod(0o777)
+    return base / "open" / "run"
+
+
+def above_it(base: Path) -> Path:
+    path = writable_by_all(base).parent / "mine" / "run"
+    path.parent.mkdir(mode=0o700)
+    return path
+
+
+def a_link_there(base: Path) -> Path:
+    """The link is in a good place and leads to a bad one."""
+    (base / "link").symlink_to(writable_by_all(base).parent)
+    return base / "link" / "run"
+
+
+def a_link_to_above(base: Path) -> Path:
+    target = above_it(base).parent
+    (base / "link").symlink_to(f"../{base.name}/open/../open/{target.name}")
+    return base / "link" / "run"
+
+
+def a_good_link_in_a_bad_place(base: Path) -> Path:
+    link = writable_by_all(base).with_name("link")
+    link.symlink_to(base)
+    return link / "run"
+
+
+def writable_by_a_group(base: Path) -> Path:
+    path = writable_by_all(base)
+    os.chown(path.parent, -1, 12345)
+    path.parent.chmod(0o775)
+    return path
+
+
+def anothers(base: Path) -> Path:
+    (base / "theirs").mkdir()
+    os.chown(base / "theirs", 12345, -1)
+    return base / "theirs" / "run"
+
+
+def anothers_sticky(base: Path) -> Path:
+    path = anothers(base)
+    path.parent.chmod(0o1777)
+    return path
+
+
+def anothers_link_in_a_sticky_place(base: Path) -> Path:
+    base.chmod(0o1777)
+    (base / "mine").mkdir(mode=0o700)
+    (base / "link").symlink_to("mine")
+    os.chown(base / "link", 12345, -1, follow_symlinks=False)
+    return base / "link" / "run"
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (writable_by_all, "open has mode 0777"),
+        (above_it, "open has mode 0777"),
+        (a_link_there, "open has mode 0777"),
+        (a_link_to_above, "open has mode 0777"),
+        (a_good_link_in_a_bad_place, "open has mode 0777"),
+        pytest.param(writable_by_a_group, "open has mode 0775", marks=as_root),
+        pytest.param(anothers, "theirs belongs to uid 12345", marks=as_root),
+        pytest.param(anothers_sticky, "theirs belongs to uid 12345", marks=as_root),
+        pytest.param(anothers_link_in_a_sticky_place, "link belongs to uid 12345", marks=as_root),
+    ],
+)
+def test_a_way_that_somebody_else_could_change_is_refused(base, make, reason):
+    path = make(base)
+    before = sorted(base.rglob("*"))
+    with pytest.raises(RunDirError, match=rf"could be exchanged by others, since /.*{reason}; choose another place"):
+        RunDir.claim(path)
+    assert sorted(base.rglob("*")) == before
+
+
+def in_a_sticky_place(base: Path) -> Path:
+    base.chmod(0o1777)
+    return base / "run"
+
+
+def through_links_of_ours(base: Path) -> Path:
+    (base / "real").mkdir()
+    (base / "one").symlink_to("real")
+    (base / "two").symlink_to(base / "one")
+    return base / "two" / "run"
+
+
+def in_a_place_of_our_own_group(base: Path) -> Path:
+    """As home directories are on many systems, where each user has a group."""
+    base.chmod(0o775)
+    os.chown(base, -1, os.getgid())
+    return base / "run"
+
+
+@pytest.mark.parametrize("make", [in_a_sticky_place, through_links_of_ours, in_a_place_of_our_own_group])
+def test_a_way_that_only_we_and_root_can_change_is_taken(base, make):
+    path = make(base)
+    RunDir.claim(path).release()
+    assert not path.exists()
+
+
+def test_links_in_a_circle_end(base):
+    (base / "a").symlink_to("b")
+    (base / "b").symlink_to("a")
+    with pytest.raises(RunDirError, match="too many links"):
+        RunDir.claim(base / "a" / "run")
+
+
+# --- Several users ---
+
+
+def test_for_several_users_all_may_pass_and_nobody_may_look(base):
+    base.chmod(0o755)
+    claimed = RunDir.claim(base / "pool", shared=True)
+    assert claimed.path.stat().st_mode & 0o777 == 0o711
+    assert (claimed.path / LOCK).stat().st_mode & 0o777 == 0o600
+    claimed.release()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_killed_pool_with_other_users_left_is_taken_over(base, shared):
+    base.chmod(0o755)
+    left = RunDir.claim(base / "pool", shared=not shared)
+    os.close(left._lock_fd)
+    claimed = RunDir.claim(base / "pool", shared=shared)
+    assert claimed.path.stat().st_mode & 0o777 == (0o711 if shared else 0o700)
+    claimed.release()
+
+
+@pytest.mark.parametrize(("shared", "mode", "wanted"), [(False, 0o711, "700"), (True, 0o700, "711")])
+def test_the_mode_of_a_directory_with_other_files_is_not_ours_to_change(base, shared, mode, wanted):
+    base.chmod(0o755)
+    path = base / "pool"
+    path.mkdir()
+    (path / "notes").touch()
+    path.chmod(mode)
+    with pytest.raises(RunDirError, match=f"has mode {mode:04o} and holds other files .* run: chmod {wanted}"):
+        RunDir.claim(path, shared=shared)
+    assert [entry.name for entry in path.iterdir()] == ["notes"]
+    assert path.stat().st_mode & 0o777 == mode
+
+
+def test_for_several_users_it_must_be_where_they_can_get_to(base):
+    base.chmod(0o700)
+    with pytest.raises(RunDirError, match=rf"cannot get to .* since {base} has mode 0700; choose another"):
+        RunDir.claim(base / "pool", shared=True)
+    assert not (base / "pool").exists()
+
+
+def test_a_runtime_directory_that_cannot_be_looked_at_is_none(monkeypatch):
+    """As after su, which keeps the environment of another user."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/12345")
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    assert default_root() == Path(f"/tmp/trtpool-{os.getuid()}")
+
+
 # --- Claimed, left over, released ---
 
 
