@@ -95,6 +95,7 @@ class Loop:
             config.layout.models,
             max_slots_per_producer=config.max_slots_per_producer,
             max_delay_us=config.max_delay_us,
+            batch_timeout_s=config.batch_timeout_s,
             gpus=config.gpus,
             name=config.name,
             epoch=config.epoch,
@@ -350,6 +351,12 @@ class Loop:
             peer.told = True
             self._tell(c.WorkerSaid(number, worker.said))
 
+    def _end_worker(self, hung: e.Hung) -> None:
+        """Have the supervisor kill a worker; its batches go back when it says that the process is gone."""
+        peer = self._peers[hung.peer]
+        assert peer.worker is not None
+        self._tell(c.WorkerHangs(peer.worker, hung.text))
+
     def _tell(self, message: c.Control) -> None:
         lifeline.send_packet(self._control, message)
 
@@ -439,6 +446,8 @@ class Loop:
                 worker = self._peers[action.peer].worker
                 assert worker is not None
                 self._tell(c.WorkerIsReady(worker))
+            elif isinstance(action, e.Hung):
+                self._end_worker(action)
             else:
                 self._tell(c.IsDrained())
                 self._finished = True
