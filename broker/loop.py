@@ -26,7 +26,7 @@ import zmq
 
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
-from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.errors import ProtocolError, RunDirError
 from trtpool.ipc.pipe import FRAME_BYTES
 from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
 from trtpool.ipc.rundir import ZMQ_PREFIX
@@ -62,6 +62,9 @@ FINE_TIMER_S: Final = 0.01
 
 LONGEST_SLEEP_NS: Final = 60_000_000_000
 """Timers may be further away than a poll can say."""
+
+RESERVE: Final = 2
+"""Descriptors that no client can take: those that come with a new worker, without which nobody's work would go on."""
 
 BYE_LINGER_MS: Final = 5000
 
@@ -119,12 +122,20 @@ class Loop:
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._router.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._router.setsockopt(zmq.LINGER, BYE_LINGER_MS)
-        self._router.bind(self._endpoint)
+        try:
+            self._router.bind(self._endpoint)
+        except zmq.ZMQError as error:
+            raise RunDirError(
+                f"no socket can be made in the run directory {config.run_dir}: {error.strerror}; make room, or choose "
+                "another with --run-dir"
+            ) from error
         self._epoll = select.epoll()
         self._zmq_fd = int(self._router.getsockopt(zmq.FD))
         self._zmq_used = True
         for fd in (self._zmq_fd, self._listener.fileno(), self._control.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
+        self._reserve: list[int] = []
+        self._refill_reserve()
 
     def run(self) -> None:
         """Serve."""
@@ -206,7 +217,15 @@ class Loop:
             lifeline.send_packet(sock, lifeline.Denial(f"user {who.uid} may not attach to pool {self._config.name!r}"))
             sock.close()
             return
-        self._add_peer(sock, peer_pidfd(sock), who.pid, worker=None)
+        try:
+            pidfd = peer_pidfd(sock)
+        except ProcessLookupError:
+            raise
+        except OSError as error:  # the connection took the last descriptor
+            text = f"pool {self._config.name!r} can take no more clients: {error.strerror}; raise its limit (ulimit -n)"
+            lifeline.send_packet(sock, lifeline.Denial(text))
+            raise
+        self._add_peer(sock, pidfd, who.pid, worker=None)
 
     def _add_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         number = self._next_peer
@@ -318,7 +337,7 @@ class Loop:
     def _read_control(self) -> None:
         while True:
             try:
-                data, fds = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+                data, fds = self._receive_control()
             except BlockingIOError:
                 return
             if not data:
@@ -335,6 +354,21 @@ class Loop:
                 self._worker_gone(message)
             elif isinstance(message, c.DrainNow):
                 self._decide(e.Drain())
+
+    def _receive_control(self) -> tuple[bytes, list[int]]:
+        """The next packet of the supervisor; its descriptors have room even if clients hold all that we may have."""
+        lifeline.close_all(self._reserve)
+        self._reserve.clear()
+        try:
+            return lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+        finally:
+            self._refill_reserve()
+
+    def _refill_reserve(self) -> None:
+        """Hold descriptors for the next worker; those that there are none for now are got with the next packet."""
+        with contextlib.suppress(OSError):
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def _worker_gone(self, message: c.WorkerGone) -> None:
         for peer in self._peers.values():
@@ -382,6 +416,8 @@ class Loop:
         if number is not None:
             self._take_messages(number, frame)
             return
+        if self._doorman.has_left(identity):
+            return
         try:
             messages = m.decode_to_broker(frame)
         except ProtocolError:
@@ -409,7 +445,8 @@ class Loop:
     def _greet(self, identity: bytes, message: m.ToBroker) -> int | None:
         number = self._doorman.bind(identity, message) if isinstance(message, m.Hello) else None
         if number is None:
-            self._turn_away(identity)
+            if not self._doorman.has_left(identity, message if isinstance(message, m.Hello) else None):
+                self._turn_away(identity)
             return None
         self._peers[number].joined = True
         self._decide(e.ProducerJoined(number))
@@ -530,6 +567,7 @@ class Loop:
         self._context.term()
         for peer in list(self._peers.values()):
             self._forget(peer)
+        lifeline.close_all(self._reserve)
         self._epoll.close()
 
 

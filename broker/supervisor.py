@@ -370,11 +370,9 @@ class Supervisor:
         how = "SIGKILL from the pool" if worker is not None and worker.killed else describe_exit(returncode)
         if worker is None:
             if not self._drained:
-                raise (PoolClosed if self._serving else StartFailed)(
-                    f"the broker ended: {how}; all that was in flight is lost, start the pool again"
-                    if self._serving
-                    else f"the broker did not become ready: {how}"
-                )
+                if not self._serving:
+                    raise of_exit_code(returncode)(f"the broker did not become ready: {how}; what it said is above")
+                raise PoolClosed(f"the broker ended: {how}; all that was in flight is lost, start the pool again")
             return
         worker.process = None
         self._tell(c.WorkerGone(worker.number, how))

@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError
+from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError, RunDirError
 from .layout import Layout
 from .rundir import LIFELINE
 from .settings import PROTOCOL_VERSION, TOKEN_BYTES
@@ -75,7 +75,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def listen(run_dir: Path) -> socket.socket:
-    """A listening lifeline socket in `run_dir`, non-blocking, mode 0600."""
+    """A listening lifeline socket in `run_dir`, non-blocking, mode 0600.
+
+    Raises:
+        RunDirError: it cannot be made there.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         path = run_dir / LIFELINE
@@ -83,6 +87,12 @@ def listen(run_dir: Path) -> socket.socket:
         path.chmod(0o600)
         sock.listen(1024)
         sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise RunDirError(
+            f"no socket can be made in the run directory {run_dir}: {error.strerror}; make room, or choose another "
+            "with --run-dir"
+        ) from error
     except BaseException:
         sock.close()
         raise

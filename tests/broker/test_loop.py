@@ -265,6 +265,17 @@ def test_what_a_worker_finished_before_it_ended_counts(broker):
     assert report(client).models[0].retries == 0
 
 
+def test_what_comes_in_over_zeromq_from_one_who_left_is_no_violation(broker):
+    """Its end is seen on its lifeline, which its last messages may be slower than."""
+    gone, other = broker.client("zmq"), broker.client("zmq")
+    gone.lifeline.close()
+    while report(other).producers > 1:
+        pass
+    gone.send(m.Status(1))
+    for _ in range(50):  # trips that begin after it
+        assert report(other).violations == 0
+
+
 def test_a_worker_that_does_not_answer_is_to_be_killed(tmp_path):
     broker = Broker(tmp_path / "run", batch_timeout_s=0.01)
     try:
