@@ -20,7 +20,13 @@ from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.errors import ConfigError, TrtpoolError
 from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.remote import connect
-from trtpool.ipc.settings import DEFAULT_LANES, FLAVOURS, EngineSettings
+from trtpool.ipc.settings import (
+    DEFAULT_BATCH_TIMEOUT_S,
+    DEFAULT_LANES,
+    DEFAULT_START_TIMEOUT_S,
+    FLAVOURS,
+    EngineSettings,
+)
 
 from . import supervisor
 from .cli_build import build, build_options
@@ -196,6 +202,20 @@ def cli() -> None:
     callback=_parse_users,
     metavar="NAME|UID",
     help="A user who may attach besides you, and is trusted with all data in the pool.  Again for each.",
+)
+@click.option(
+    "--batch-timeout-s",
+    type=click.FloatRange(0, 86_400),
+    default=DEFAULT_BATCH_TIMEOUT_S,
+    show_default=True,
+    help="How long a batch may run before its worker is killed and it is run again; 0: for ever.",
+)
+@click.option(
+    "--start-timeout-s",
+    type=click.FloatRange(0, 86_400),
+    default=DEFAULT_START_TIMEOUT_S,
+    show_default=True,
+    help="How long a worker may take to become ready before it is killed; 0: for ever.",
 )
 def start(
     *,

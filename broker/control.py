@@ -7,6 +7,7 @@
       | --- WorkerStarted + 2 fds -------> |  the broker's end of its lifeline, and its pidfd
       | <-- WorkerIsReady ---------------- |
       | <-- WorkerSaid ------------------- |  why it must end, in its own words
+      | <-- WorkerHangs ------------------ |  it must be killed
       | --- WorkerGone ------------------> |  it ended and was reaped
       | --- DrainNow --------------------> |
       | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
@@ -60,7 +61,16 @@ class WorkerSaid(msgspec.Struct, frozen=True, tag=7):
     text: str
 
 
-Control: TypeAlias = BrokerReady | WorkerStarted | WorkerIsReady | WorkerSaid | WorkerGone | DrainNow | IsDrained
+class WorkerHangs(msgspec.Struct, frozen=True, tag=8):
+    """A worker does not come to the end of a batch: it must be killed, for the reason `text`."""
+
+    worker: int
+    text: str
+
+
+Control: TypeAlias = (
+    BrokerReady | WorkerStarted | WorkerIsReady | WorkerSaid | WorkerHangs | WorkerGone | DrainNow | IsDrained
+)
 
 decode = msgspec.msgpack.Decoder(Control).decode
 

@@ -26,6 +26,7 @@ from .events import (
     Drained,
     Event,
     Forget,
+    Hung,
     ProducerClosed,
     ProducerEnded,
     ProducerJoined,
@@ -59,6 +60,11 @@ PRUNE_TIMERS: Final = 1024
 """Timers of what is over are thrown away at twice as many as were left the last time, and not before so many."""
 
 
+STOOD_STILL_NS: Final = 1_000_000_000
+"""A timer that fires so late says that the broker itself stood still, and then perhaps the workers did too: a container
+that was paused, a machine without memory.  None of them is taken for hung because of that."""
+
+
 class _Refused(Exception):
     """A message is illegal now; answered with an Error."""
 
@@ -82,7 +88,7 @@ class Core:
     Args:
         models: the layout of each model, in the order that messages number them.
         max_slots_per_producer: see `PoolSettings`.
-        max_delay_us: see `PoolSettings`.
+        max_delay_us, batch_timeout_s: see `PoolSettings`.
         gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
     """
@@ -93,6 +99,7 @@ class Core:
         *,
         max_slots_per_producer: int = 0,
         max_delay_us: int = 0,
+        batch_timeout_s: float = 0.0,
         gpus: int = 0,
         name: str = "default",
         epoch: int = 1,
@@ -103,12 +110,13 @@ class Core:
             Model(index, layout, producer_cap(layout, max_slots_per_producer)) for index, layout in enumerate(models)
         ]
         self._max_delay_ns = max_delay_us * 1000
+        self.batch_timeout_ns = int(batch_timeout_s * 1e9)
         self.gpus = gpus
         self.name, self.epoch, self.arena_bytes, self.started_ns = name, epoch, arena_bytes, started_ns
         self.producers: dict[int, Producer] = {}
         self.workers: dict[int, Worker] = {}
         self.serving: list[Worker] = []  # those that may be sent work
-        self._timers: list[tuple[int, int, Request | Work | Line]] = []
+        self._timers: list[tuple[int, int, Request | Work | Line | Worker]] = []
         self._actions: list[Action] = []
         self.now_ns = started_ns
         self._next_lease = 1
@@ -161,7 +169,7 @@ class Core:
     def _send(self, peer: int, message: m.FromBroker) -> None:
         self._actions.append(Send(peer, message))
 
-    def _start_timer(self, when_ns: int, what: Request | Work | Line) -> None:
+    def _start_timer(self, when_ns: int, what: Request | Work | Line | Worker) -> None:
         self._next_timer += 1
         heapq.heappush(self._timers, (when_ns, self._next_timer, what))
         if len(self._timers) >= self._prune_at:  # far deadlines of work that ended long ago would pile up
@@ -170,10 +178,12 @@ class Core:
             self._prune_at = max(PRUNE_TIMERS, 2 * len(self._timers))
 
     @staticmethod
-    def _is_due(what: Request | Work | Line) -> bool:
+    def _is_due(what: Request | Work | Line | Worker) -> bool:
         """Whether a timer still has something to do."""
         if isinstance(what, Request):
             return not what.over
+        if isinstance(what, Worker):
+            return what.watched
         return isinstance(what, Line) or what.lease.states[what.at] == State.QUEUED
 
     def _received(self, event: Received) -> None:
@@ -306,6 +316,7 @@ class Core:
         if worker is None:
             return
         self._stop_serving(worker)
+        worker.watched = False
         how = f"{worker.said} ({event.reason})" if worker.said else event.reason
         for batch in worker.batches.values():
             self._retry(batch, m.WORKER_DIED, f"the worker ended: {how}", counts=batch.alone)
@@ -510,10 +521,7 @@ class Core:
             self._grant(producer, model, 0, count)
 
     def _finished(self, worker: Worker, message: m.Finished) -> None:
-        batch = worker.batches.get(message.batch)
-        if batch is None or batch.attempt != message.attempt:
-            raise _Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
-        del worker.batches[batch.id]
+        batch = self._take_back(worker, message)
         self.suspects -= batch.alone
         totals = batch.model.totals
         totals.batches += 1
@@ -542,11 +550,17 @@ class Core:
         self._forget_if_empty(work.lease.producer)
 
     def _failed(self, worker: Worker, message: m.Failed) -> None:
+        self._retry(self._take_back(worker, message), m.ENGINE_FAILED, message.text, counts=True)
+
+    def _take_back(self, worker: Worker, message: m.Finished | m.Failed) -> Batch:
+        """The batch that a worker answers for; it has it no more."""
         batch = worker.batches.get(message.batch)
         if batch is None or batch.attempt != message.attempt:
             raise _Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
+        if batch is next(iter(worker.batches.values())):
+            worker.oldest_ns = self.now_ns  # the next one had to wait for it
         del worker.batches[batch.id]
-        self._retry(batch, m.ENGINE_FAILED, message.text, counts=True)
+        return batch
 
     def _retry(self, batch: Batch, status: int, text: str, *, counts: bool) -> None:
         """Put a batch back: in halves, each to run alone, down to one slot, which fails after `MAX_ATTEMPTS`.
@@ -616,13 +630,15 @@ class Core:
         dropped: dict[Model, set[Work]] = {}
         late_requests = set()
         while self._timers and self._timers[0][0] <= self.now_ns:
-            what = heapq.heappop(self._timers)[2]
+            when_ns, _, what = heapq.heappop(self._timers)
             if isinstance(what, Request):
                 if not what.over:
                     what.end()
                     late_requests.add(what.model)
                     text = self._busy_text(what.producer, what.model, what.count)
                     self._send(what.producer.peer, m.Error(m.BUSY, text, what.request))
+            elif isinstance(what, Worker):
+                self._look_after(what, late_ns=self.now_ns - when_ns)
             elif isinstance(what, Work) and self._is_due(what):
                 dropped.setdefault(what.lease.model, set()).add(what)
         for model in late_requests:  # those behind one that lacks room would else be kept as long as that waits
@@ -630,6 +646,27 @@ class Core:
         for model, late in dropped.items():
             for work in self._withdraw(model, late.__contains__):
                 self._expire(work)
+
+    def _look_after(self, worker: Worker, late_ns: int) -> None:
+        """Have a worker ended whose oldest batch runs for too long, else look again when it would be too long."""
+        if not (worker.watched and worker.batches):
+            worker.watched = False
+            return
+        if late_ns > STOOD_STILL_NS:
+            worker.oldest_ns = self.now_ns
+        due_ns = worker.oldest_ns + self.batch_timeout_ns
+        if due_ns > self.now_ns:
+            self._start_timer(due_ns, worker)
+            return
+        worker.watched = False
+        text = (
+            f"it hung: a batch ran for more than {self.batch_timeout_ns / 1e9:g} s, so the pool killed it; "
+            "if batches may take that long, start the pool with a longer --batch-timeout-s"
+        )
+        if worker.said is None:
+            worker.said = text
+            self._stop_serving(worker)
+        self._actions.append(Hung(worker.peer, text))
 
     def _expire(self, work: Work) -> None:
         move(work.lease.states, SlotEvent.DROP, work.at, work.count)
@@ -748,7 +785,12 @@ class Core:
         rows = rows_of(works, model.items_per_slot, model.layout.segment)
         batch = Batch(self._next_batch, line, works, len(rows), attempt, alone, self.now_ns)
         self._next_batch += 1
+        if not worker.batches:
+            worker.oldest_ns = self.now_ns
         worker.batches[batch.id] = batch
+        if self.batch_timeout_ns and not worker.watched:
+            worker.watched = True
+            self._start_timer(worker.oldest_ns + self.batch_timeout_ns, worker)
         self._send(worker.peer, m.Run(batch.id, attempt, model.index, rows))
 
     # ------------------------------------------------------------------ figures

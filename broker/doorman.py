@@ -12,6 +12,8 @@ from trtpool.ipc.settings import PROTOCOL_VERSION, TOKEN_BYTES
 
 SECRET_BYTES: Final = TOKEN_BYTES - 8
 MAX_TURNED_AWAY: Final = 4096
+MAX_DEPARTED: Final = 4096
+"""How many of those who left are remembered: long enough for their last messages to come in."""
 
 
 class Doorman:
@@ -22,6 +24,7 @@ class Doorman:
         self._peers: dict[bytes, int] = {}
         self._identities: dict[int, bytes] = {}
         self._turned_away: OrderedDict[bytes, None] = OrderedDict()
+        self._departed: OrderedDict[bytes, None] = OrderedDict()
 
     def issue(self, peer: int) -> bytes:
         """A token for `peer`: its number, to look it up by, and a secret."""
@@ -64,9 +67,27 @@ class Doorman:
             self._turned_away.popitem(last=False)
         return True
 
+    def has_left(self, identity: bytes, hello: m.Hello | None = None) -> bool:
+        """Whether this is from a peer that is gone: what it sent last may come in after its end was seen.
+
+        Args:
+            hello: what it sent, if it is that: one may be gone before it was let in.
+        """
+        if hello is not None and hello.token[8:] in self._departed:
+            self._note_departed(identity)
+        return identity in self._departed
+
     def forget(self, peer: int) -> None:
         """The peer is gone; its token and identity mean nothing any more."""
-        self._secrets.pop(peer, None)
+        secret = self._secrets.pop(peer, None)
+        if secret is not None:
+            self._note_departed(secret)
         identity = self._identities.pop(peer, None)
         if identity is not None:
             del self._peers[identity]
+            self._note_departed(identity)
+
+    def _note_departed(self, name: bytes) -> None:
+        self._departed[name] = None
+        if len(self._departed) > MAX_DEPARTED:
+            self._departed.popitem(last=False)

@@ -78,8 +78,15 @@ class WorkerReady(NamedTuple):
     peer: int
 
 
+class Hung(NamedTuple):
+    """A worker's oldest batch runs for too long: its process must end, or the batch never does."""
+
+    peer: int
+    text: str
+
+
 class Drained(NamedTuple):
     """No work is left; said once, after Drain."""
 
 
-Action: TypeAlias = Send | Forget | WorkerReady | Drained
+Action: TypeAlias = Send | Forget | WorkerReady | Hung | Drained

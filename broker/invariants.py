@@ -78,6 +78,8 @@ def _validate_workers(core: Core) -> None:
     assert core.suspects == waiting + alone, "suspects were miscounted"
     assert alone <= 1, "two suspects run at once"
     for worker in core.workers.values():
+        watched = worker.watched or worker.said is not None
+        assert watched or not (core.batch_timeout_ns and worker.batches), "a worker that may hang is not watched"
         assert len(worker.batches) <= worker.lanes + 1, "a worker was sent more than its credit"
         for batch in worker.batches.values():
             assert {work.gpu for work in batch.works} <= {batch.line.gpu} <= {None, worker.gpu}, "on another GPU"

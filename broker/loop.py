@@ -26,7 +26,7 @@ import zmq
 
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
-from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.errors import ProtocolError, RunDirError
 from trtpool.ipc.pipe import FRAME_BYTES
 from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
 from trtpool.ipc.rundir import ZMQ_PREFIX, socket_mode
@@ -66,6 +66,9 @@ FINE_TIMER_S: Final = 0.01
 LONGEST_SLEEP_NS: Final = 60_000_000_000
 """Timers may be further away than a poll can say."""
 
+RESERVE: Final = 2
+"""Descriptors that no client can take: those that come with a new worker, without which nobody's work would go on."""
+
 BYE_LINGER_MS: Final = 5000
 
 
@@ -98,6 +101,7 @@ class Loop:
             config.layout.models,
             max_slots_per_producer=config.max_slots_per_producer,
             max_delay_us=config.max_delay_us,
+            batch_timeout_s=config.batch_timeout_s,
             gpus=config.gpus,
             name=config.name,
             epoch=config.epoch,
@@ -125,13 +129,21 @@ class Loop:
         for uid in self._allowed:  # ZeroMQ takes a C int; who is not named gets no connection
             self._router.setsockopt(zmq.IPC_FILTER_UID, uid if uid < 2**31 else uid - 2**32)
         self._denied: set[int] = set()
-        self._router.bind(self._endpoint)
+        try:
+            self._router.bind(self._endpoint)
+        except zmq.ZMQError as error:
+            raise RunDirError(
+                f"no socket can be made in the run directory {config.run_dir}: {error.strerror}; make room, or choose "
+                "another with --run-dir"
+            ) from error
         Path(self._endpoint.removeprefix("ipc://")).chmod(socket_mode(shared=bool(config.allow_users)))
         self._epoll = select.epoll()
         self._zmq_fd = int(self._router.getsockopt(zmq.FD))
         self._zmq_used = True
         for fd in (self._zmq_fd, self._listener.fileno(), self._control.fileno()):
             self._epoll.register(fd, select.EPOLLIN)
+        self._reserve: list[int] = []
+        self._refill_reserve()
 
     def run(self) -> None:
         """Serve."""
@@ -219,7 +231,15 @@ class Loop:
             lifeline.send_packet(sock, lifeline.Denial(text))
             sock.close()
             return
-        self._add_peer(sock, peer_pidfd(sock), who.pid, worker=None)
+        try:
+            pidfd = peer_pidfd(sock)
+        except ProcessLookupError:
+            raise
+        except OSError as error:  # the connection took the last descriptor
+            text = f"pool {self._config.name!r} can take no more clients: {error.strerror}; raise its limit (ulimit -n)"
+            lifeline.send_packet(sock, lifeline.Denial(text))
+            raise
+        self._add_peer(sock, pidfd, who.pid, worker=None)
 
     def _add_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         number = self._next_peer
@@ -331,7 +351,7 @@ class Loop:
     def _read_control(self) -> None:
         while True:
             try:
-                data, fds = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+                data, fds = self._receive_control()
             except BlockingIOError:
                 return
             if not data:
@@ -349,6 +369,21 @@ class Loop:
             elif isinstance(message, c.DrainNow):
                 self._decide(e.Drain())
 
+    def _receive_control(self) -> tuple[bytes, list[int]]:
+        """The next packet of the supervisor; its descriptors have room even if clients hold all that we may have."""
+        lifeline.close_all(self._reserve)
+        self._reserve.clear()
+        try:
+            return lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+        finally:
+            self._refill_reserve()
+
+    def _refill_reserve(self) -> None:
+        """Hold descriptors for the next worker; those that there are none for now are got with the next packet."""
+        with contextlib.suppress(OSError):
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+
     def _worker_gone(self, message: c.WorkerGone) -> None:
         for peer in self._peers.values():
             if peer.worker == message.worker:
@@ -363,6 +398,12 @@ class Loop:
         if worker is not None and worker.said and not peer.told:
             peer.told = True
             self._tell(c.WorkerSaid(number, worker.said))
+
+    def _end_worker(self, hung: e.Hung) -> None:
+        """Have the supervisor kill a worker; its batches go back when it says that the process is gone."""
+        peer = self._peers[hung.peer]
+        assert peer.worker is not None
+        self._tell(c.WorkerHangs(peer.worker, hung.text))
 
     def _tell(self, message: c.Control) -> None:
         lifeline.send_packet(self._control, message)
@@ -388,6 +429,8 @@ class Loop:
         number = self._doorman.peer_of(identity)
         if number is not None:
             self._take_messages(number, frame)
+            return
+        if self._doorman.has_left(identity):
             return
         try:
             messages = m.decode_to_broker(frame)
@@ -416,7 +459,8 @@ class Loop:
     def _greet(self, identity: bytes, message: m.ToBroker) -> int | None:
         number = self._doorman.bind(identity, message) if isinstance(message, m.Hello) else None
         if number is None:
-            self._turn_away(identity)
+            if not self._doorman.has_left(identity, message if isinstance(message, m.Hello) else None):
+                self._turn_away(identity)
             return None
         self._peers[number].joined = True
         self._decide(e.ProducerJoined(number))
@@ -453,6 +497,8 @@ class Loop:
                 worker = self._peers[action.peer].worker
                 assert worker is not None
                 self._tell(c.WorkerIsReady(worker))
+            elif isinstance(action, e.Hung):
+                self._end_worker(action)
             else:
                 self._tell(c.IsDrained())
                 self._finished = True
@@ -535,6 +581,7 @@ class Loop:
         self._context.term()
         for peer in list(self._peers.values()):
             self._forget(peer)
+        lifeline.close_all(self._reserve)
         self._epoll.close()
 
 

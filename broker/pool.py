@@ -19,7 +19,9 @@ from trtpool.ipc.errors import ConfigError, DeviceUnavailable, StartFailed
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import default_root
 from trtpool.ipc.settings import (
+    DEFAULT_BATCH_TIMEOUT_S,
     DEFAULT_LANES,
+    DEFAULT_START_TIMEOUT_S,
     DEFAULT_TRANSPORT,
     BuildSettings,
     EngineSettings,
@@ -148,7 +150,7 @@ class Pool(Client):
         run_dir: its run directory; by default one for that name.
         workers: processes of a pool on the CPU; 1 by default.
         workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
-            drain_timeout_s: see `trtpool.ipc.settings.PoolSettings`.
+            drain_timeout_s, batch_timeout_s, start_timeout_s: see `trtpool.ipc.settings.PoolSettings`.
         allow_users: names or numbers of users who may attach besides this one; `run_dir` must then be in a place
             that they can get to.  See docs/security.md for what that trusts them with.
         transport: what carries this client's messages, see `trtpool.connect`.
@@ -183,6 +185,8 @@ class Pool(Client):
         max_slots_per_producer: int = 0,
         drain_timeout_s: float = 30.0,
         allow_users: Sequence[int | str] = (),
+        batch_timeout_s: float = DEFAULT_BATCH_TIMEOUT_S,
+        start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
         transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         self._session = None
@@ -215,6 +219,8 @@ class Pool(Client):
             max_slots_per_producer=max_slots_per_producer,
             drain_timeout_s=drain_timeout_s,
             allow_users=user_ids(allow_users),
+            batch_timeout_s=batch_timeout_s,
+            start_timeout_s=start_timeout_s,
         )
         self._owner = os.getpid()
         self._drain_timeout_s = drain_timeout_s

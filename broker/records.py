@@ -83,10 +83,12 @@ class Worker:
     Attributes:
         device, lanes, gpu: see `messages.Ready`; no lanes: it is not ready.
         batches: those it has been sent and not answered.
-        said: why it must end, in its own words; None while it goes on.
+        said: why it must end, in its own words, or that it hung; None while it goes on.
+        oldest_ns: since when the oldest of its batches has been that.
+        watched: whether a timer will look at `oldest_ns`; there is one at most.
     """
 
-    __slots__ = ("batches", "device", "gpu", "lanes", "peer", "pid", "said")
+    __slots__ = ("batches", "device", "gpu", "lanes", "oldest_ns", "peer", "pid", "said", "watched")
 
     def __init__(self, peer: int, pid: int) -> None:
         self.peer = peer
@@ -96,6 +98,8 @@ class Worker:
         self.gpu: int | None = None
         self.batches: dict[int, Batch] = {}
         self.said: str | None = None
+        self.oldest_ns = 0
+        self.watched = False
 
 
 class Batch:

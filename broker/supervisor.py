@@ -75,6 +75,8 @@ class _Worker:
         number: what the broker calls its process; never reused.
         said: why its process had to end, in its own words.
         failures: how often in a row its process ended without having been ready.
+        killed: whether we killed it, since it hung; `said` has more.
+        ready_by: when its process must be ready.
     """
 
     def __init__(self, index: int, gpu: int | None) -> None:
@@ -86,6 +88,8 @@ class _Worker:
         self.ready = False
         self.failures = 0
         self.start_at = 0.0
+        self.killed = False
+        self.ready_by = float("inf")
 
 
 class Supervisor:
@@ -238,6 +242,7 @@ class Supervisor:
                 max_slots_per_producer=self._settings.max_slots_per_producer,
                 max_delay_us=self._settings.max_delay_us,
                 gpus=len(self._settings.gpus),
+                batch_timeout_s=self._settings.batch_timeout_s,
                 listener_fd=listener.fileno(),
                 control_fd=theirs.fileno(),
                 arena_fd=arena_fd,
@@ -248,7 +253,8 @@ class Supervisor:
         self._epoll.register(ours.fileno(), select.EPOLLIN)
 
     def _start_worker(self, worker: _Worker) -> None:
-        worker.number, worker.ready, worker.said = self._next_worker, False, ""
+        worker.number, worker.ready, worker.said, worker.killed = self._next_worker, False, "", False
+        worker.ready_by = time.monotonic() + (self._settings.start_timeout_s or float("inf"))
         self._next_worker += 1
         brokers, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with brokers, workers:
@@ -269,13 +275,13 @@ class Supervisor:
         while not ready():
             if self._stop_asked:
                 raise Stopped
-            self._step(None)
+            self._step(self._end_late_workers())
 
     # ------------------------------------------------------------------ serving
 
     def _serve(self) -> None:
         while not self._stop_asked:
-            self._step(self._start_due_workers())
+            self._step(_sooner(self._start_due_workers(), self._end_late_workers()))
 
     def _start_due_workers(self) -> float | None:
         """Start workers whose pause is over; returns the seconds until the next is."""
@@ -287,8 +293,32 @@ class Supervisor:
             if left <= 0:
                 self._start_worker(worker)
             else:
-                due = left if due is None else min(due, left)
+                due = _sooner(due, left)
         return due
+
+    def _end_late_workers(self) -> float | None:
+        """Kill workers that took too long to become ready; returns the seconds until the next has."""
+        due = None
+        for worker in self._workers:
+            if worker.process is None or worker.ready or worker.killed or worker.ready_by == float("inf"):
+                continue
+            left = worker.ready_by - time.monotonic()
+            if left > 0:
+                due = _sooner(due, left)
+                continue
+            self._kill(
+                worker,
+                f"it was not ready after {self._settings.start_timeout_s:g} s, so the pool killed it; if loading may "
+                "take that long, start the pool with a longer --start-timeout-s",
+            )
+        return due
+
+    @staticmethod
+    def _kill(worker: _Worker, why: str) -> None:
+        if worker.process is not None and not worker.killed:
+            worker.killed = True
+            worker.said = worker.said or why
+            worker.process.kill()  # its end comes by its pidfd, as any other
 
     def _step(self, timeout_s: float | None) -> None:
         """Sleep until something happens, and take note of it."""
@@ -319,12 +349,14 @@ class Supervisor:
             self._broker_ready = True
         elif isinstance(message, c.IsDrained):
             self._drained = True
-        elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid)):
+        elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid, c.WorkerHangs)):
             for worker in self._workers:
                 if worker.number != message.worker:
                     continue
                 if isinstance(message, c.WorkerSaid):
                     worker.said = message.text
+                elif isinstance(message, c.WorkerHangs):
+                    self._kill(worker, message.text)
                 else:
                     worker.ready, worker.failures = True, 0
 
@@ -337,14 +369,12 @@ class Supervisor:
         self._epoll.unregister(pidfd)
         os.close(pidfd)
         returncode = child.wait()
-        how = describe_exit(returncode)
+        how = "SIGKILL from the pool" if worker is not None and worker.killed else describe_exit(returncode)
         if worker is None:
             if not self._drained:
-                raise (PoolClosed if self._serving else StartFailed)(
-                    f"the broker ended: {how}; all that was in flight is lost, start the pool again"
-                    if self._serving
-                    else f"the broker did not become ready: {how}"
-                )
+                if not self._serving:
+                    raise of_exit_code(returncode)(f"the broker did not become ready: {how}; what it said is above")
+                raise PoolClosed(f"the broker ended: {how}; all that was in flight is lost, start the pool again")
             return
         worker.process = None
         self._tell(c.WorkerGone(worker.number, how))
@@ -375,12 +405,12 @@ class Supervisor:
         self._tell(c.DrainNow())
         deadline = time.monotonic() + self._settings.drain_timeout_s
         while not self._drained:
-            due = self._start_due_workers()
+            due = _sooner(self._start_due_workers(), self._end_late_workers())
             left = deadline - time.monotonic()
             if self._stop_asked > 1 or left <= 0:
                 log.error("stopped with work in flight, which is lost")
                 return 1
-            self._step(left if due is None else min(left, due))
+            self._step(_sooner(left, due))
         deadline = time.monotonic() + END_GRACE_S
         while self._children and self._stop_asked <= 1 and (left := deadline - time.monotonic()) > 0:
             self._step(left)
@@ -392,6 +422,11 @@ class Supervisor:
             child.wait()
             os.close(pidfd)
         self._children.clear()
+
+
+def _sooner(one: float | None, other: float | None) -> float | None:
+    """The shorter of two times to sleep, of which None is for ever."""
+    return other if one is None else one if other is None else min(one, other)
 
 
 def _start_error(worker: _Worker, returncode: int) -> TrtpoolError:

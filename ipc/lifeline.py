@@ -26,7 +26,7 @@ from typing import Final
 
 import msgspec
 
-from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError
+from .errors import AccessDenied, ModelError, PoolNotFound, ProtocolError, RunDirError
 from .layout import Layout
 from .process import peer_credentials
 from .rundir import LIFELINE, default_root, socket_mode
@@ -80,7 +80,11 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 def listen(run_dir: Path, *, shared: bool = False) -> socket.socket:
-    """A listening lifeline socket in `run_dir`, non-blocking; `shared`: other users are allowed."""
+    """A listening lifeline socket in `run_dir`, non-blocking; `shared`: other users are allowed.
+
+    Raises:
+        RunDirError: it cannot be made there.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     try:
         path = run_dir / LIFELINE
@@ -88,6 +92,12 @@ def listen(run_dir: Path, *, shared: bool = False) -> socket.socket:
         path.chmod(socket_mode(shared=shared))
         sock.listen(1024)
         sock.setblocking(False)
+    except OSError as error:
+        sock.close()
+        raise RunDirError(
+            f"no socket can be made in the run directory {run_dir}: {error.strerror}; make room, or choose another "
+            "with --run-dir"
+        ) from error
     except BaseException:
         sock.close()
         raise

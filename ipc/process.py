@@ -38,11 +38,14 @@ def peer_pidfd(sock: socket.socket) -> int:
 
     Raises:
         ProcessLookupError: it has ended already.
+        OSError: this process, or the machine, has no descriptors left.
     """
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
         return int(struct.unpack("i", raw)[0])
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         if error.errno != errno.ENOPROTOOPT:
             raise ProcessLookupError("the process at the other end has ended") from error
         # An older kernel, where the pid could have been reused since.

@@ -207,7 +207,9 @@ class RunDir:
         try:
             fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise RunDirError(f"the lock {path / LOCK} cannot be opened: {error.strerror}") from error
+            raise RunDirError(
+                f"the lock {path / LOCK} cannot be opened: {error.strerror}; choose another with --run-dir"
+            ) from error
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,8 +220,7 @@ class RunDir:
                 ) from None
             removed = not os.fstat(fd).st_nlink  # by its last holder, after we opened it
             if not removed:
-                os.ftruncate(fd, 0)  # first, so that nobody takes a dead pool's pid for ours
-                os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+                _write_pid(fd, path)
                 _remove_leftovers(path)
                 path.chmod(run_dir_mode(shared=shared))
         except BaseException:
@@ -268,6 +269,20 @@ def _remove_leftovers(path: Path) -> None:
     for entry in path.iterdir():
         if _is_socket_of_ours(entry):
             entry.unlink()
+
+
+def _write_pid(fd: int, path: Path) -> None:
+    """Say in a lock whose it is."""
+    os.ftruncate(fd, 0)  # first, so that nobody takes a dead pool's pid for ours
+    try:
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # nobody's, so that no other pool trips over it
+            (path / LOCK).unlink()
+        raise RunDirError(
+            f"nothing can be written in the run directory {path}: {error.strerror}; make room, or choose another "
+            "with --run-dir"
+        ) from error
 
 
 def _read_pid(fd: int) -> int:

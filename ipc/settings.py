@@ -33,6 +33,9 @@ DEFAULT_BUILD_BATCH: Final = 64
 FLAVOURS: Final = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx", "lean": "tensorrt_lean"}
 """What users call each TensorRT, and the module that is imported."""
 
+DEFAULT_BATCH_TIMEOUT_S: Final = 300.0
+DEFAULT_START_TIMEOUT_S: Final = 900.0
+
 MAX_ATTEMPTS: Final = 3
 """Times an item may end a worker, or fail in one, while it runs alone."""
 
@@ -158,6 +161,11 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         max_slots_per_producer: slots of one model that one client may hold; 0 means all but one batch.
         drain_timeout_s: how long a stopping pool waits for work in flight.
         allow_users: numbers of the users who may attach besides the pool's own.
+        batch_timeout_s: how long one batch may run before its worker is taken for hung and killed, and the batch is
+            run again on another; 0: for ever.  The default is far above what a batch takes, a first one that
+            compiles kernels included, and short enough for a job that runs unattended.
+        start_timeout_s: how long a worker may take to load its models and register the arena before it is killed:
+            a start then fails, and a pool that serves starts it again; 0: for ever.
     """
 
     models: tuple[ModelSource, ...]
@@ -176,6 +184,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_slots_per_producer: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 0
     drain_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = 30.0
     allow_users: Annotated[tuple[Uid, ...], msgspec.Meta(max_length=256)] = ()
+    batch_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_BATCH_TIMEOUT_S
+    start_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_START_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not self.models:
@@ -215,7 +225,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own.
+    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s` see `PoolSettings`.
     """
 
     parent_pid: int
@@ -230,3 +240,4 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     control_fd: int
     arena_fd: int
     allow_users: tuple[Uid, ...] = ()
+    batch_timeout_s: float = 0.0

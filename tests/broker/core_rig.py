@@ -58,11 +58,19 @@ def everything(core: Core) -> bytes:
 class Rig:
     """See the module.  Peers 1 to 9 are producers in these tests, from 10 on workers."""
 
-    def __init__(self, *sizes: tuple[int, int, int], max_delay_us: int = 0, cap: int = 0, gpus: int = 0) -> None:
+    def __init__(
+        self,
+        *sizes: tuple[int, int, int],
+        max_delay_us: int = 0,
+        cap: int = 0,
+        gpus: int = 0,
+        batch_timeout_s: float = 0.0,
+    ) -> None:
         self.core = Core(
             layouts(*sizes or [(16, 1, 4)]),
             max_delay_us=max_delay_us,
             max_slots_per_producer=cap,
+            batch_timeout_s=batch_timeout_s,
             gpus=gpus,
             started_ns=MS,
         )

@@ -774,6 +774,123 @@ def test_a_worker_that_has_said_why_it_must_end_gets_no_more_and_what_it_finishe
     assert {action.peer for action in rig.turn() if isinstance(action, e.Send)} == {11}
 
 
+S = 1000 * MS
+
+
+@pytest.fixture
+def impatient() -> Rig:
+    """16 slots of one item, batches of 4, which may take 10 s; producer 1, worker 10 with one lane."""
+    rig = Rig(batch_timeout_s=10)
+    rig.join(1)
+    rig.worker()
+    return rig
+
+
+def hangs(actions: list[e.Action]) -> list[int]:
+    """The workers that are to be killed."""
+    return [action.peer for action in actions if isinstance(action, e.Hung)]
+
+
+def test_a_worker_whose_batch_runs_for_too_long_is_to_be_killed_once(impatient):
+    rig = impatient
+    rig.submit(1, 4)
+    run_of(rig.turn())
+    assert rig.core.next_timer_ns() == rig.now_ns + 10 * S
+    assert rig.turn(10 * S - 1) == []
+    (hung,) = rig.turn(1)
+    assert hung == e.Hung(
+        10,
+        "it hung: a batch ran for more than 10 s, so the pool killed it; "
+        "if batches may take that long, start the pool with a longer --batch-timeout-s",
+    )
+    rig.submit(1, 4)
+    assert rig.turn(100 * S) == [], "it gets nothing more, and is not killed twice"
+    assert rig.states() == (8, 0, 4, 4, 0), "its device may write until it has ended"
+    rig.worker(11)
+    rig.do(e.WorkerEnded(10, "SIGKILL"))
+    assert rig.states() == (8, 0, 8, 0, 0)
+    while rig.states()[DONE] < 8:
+        rig.finish(11, run_of(rig.turn(), 11))
+
+
+def test_an_input_that_hangs_workers_fails_alone_with_the_reason(impatient):
+    rig = impatient
+    rig.submit(1)
+    done: list[m.Done] = []
+    for peer in itertools.count(10):
+        run_of(rig.turn(), peer)
+        assert hangs(rig.turn(10 * S)) == [peer]
+        done = sent(rig.do(e.WorkerEnded(peer, "SIGKILL from the pool")), m.Done)
+        if done:
+            break
+        rig.worker(peer + 1)
+    assert done[0].status == m.WORKER_DIED
+    assert done[0].text.startswith("the worker ended: it hung: a batch ran for more than 10 s")
+
+
+def test_the_time_of_a_batch_counts_from_the_end_of_the_one_before(impatient):
+    """One that was sent ahead waits in the worker for its turn."""
+    rig = impatient
+    rig.submit(1, 8)
+    first, second = sent(rig.turn(), m.Run)
+    rig.turn(9 * S)
+    rig.finish(10, first)
+    assert hangs(rig.turn(1 * S)) == []
+    assert hangs(rig.turn(9 * S - 1)) == []
+    assert hangs(rig.turn(1)) == [10]
+    assert sent(rig.finish(10, second), m.Done), "what it answers all the same counts"
+
+
+def test_other_lanes_do_not_hide_one_that_hangs(impatient):
+    rig = impatient
+    rig.worker(11, lanes=2)
+    rig.do(e.WorkerEnded(10, ""))
+    rig.submit(1, 8)
+    stuck, other = sent(rig.turn(), m.Run)
+    rig.turn(9 * S)
+    rig.finish(11, other)
+    assert stuck.batch in rig.core.workers[11].batches
+    assert hangs(rig.turn(1 * S)) == [11]
+
+
+def test_a_worker_that_is_busy_for_ever_with_short_batches_does_not_hang(impatient):
+    rig = impatient
+    for _ in range(3000):
+        rig.submit(1, 1)
+        run = run_of(rig.turn(10 * MS))
+        for done in sent(rig.finish(10, run), m.Done):
+            rig.say(1, m.Release(done.lease, 0, 1))
+    assert len(rig.core._timers) == 1, "one timer serves all batches of a worker"
+    assert rig.turn(10 * S) == []
+    assert rig.core.next_timer_ns() is None, "an idle worker is not watched"
+
+
+def test_a_broker_that_stood_still_itself_blames_nobody(impatient):
+    """The whole pool was paused: its workers have done nothing meanwhile because they could not."""
+    rig = impatient
+    rig.submit(1, 4)
+    run_of(rig.turn())
+    assert hangs(rig.turn(3600 * S)) == []
+    assert hangs(rig.turn(10 * S - 1)) == []
+    assert hangs(rig.turn(1)) == [10]
+
+
+def test_a_worker_that_said_why_it_must_end_and_does_not_is_killed_and_its_reason_kept(impatient):
+    rig = impatient
+    rig.submit(1, 4)
+    run_of(rig.turn())
+    rig.say(10, m.Bye("the GPU is lost"))
+    assert hangs(rig.turn(10 * S)) == [10]
+    assert rig.core.workers[10].said == "the GPU is lost"
+
+
+def test_without_a_limit_a_batch_may_run_for_ever(rig):
+    rig.submit(1, 4)
+    run_of(rig.turn())
+    assert rig.core.next_timer_ns() is None
+    assert rig.turn(10**9 * S) == []
+
+
 def test_no_suspect_runs_beside_that_of_a_worker_that_is_about_to_end(rig):
     rig.worker(11)
     rig.submit(1, 4)

@@ -91,3 +91,19 @@ def test_a_stranger_is_answered_once(monkeypatch):
     assert door.turn_away(b"a")
     assert not door.turn_away(b"e")
     assert len(door._turned_away) == 3
+
+
+def test_who_has_left_is_remembered_by_identity_and_by_the_token_that_was_never_used(monkeypatch):
+    monkeypatch.setattr(doorman, "MAX_DEPARTED", 2)
+    door = Doorman()
+    token, unused = door.issue(7), door.issue(8)
+    assert door.bind(b"a", hello(token)) == 7
+    assert not door.has_left(b"a")
+    assert not door.has_left(b"b", hello(unused))
+    door.forget(7)
+    door.forget(8)
+    assert door.has_left(b"a")
+    assert not door.has_left(b"b", hello(token)), "it was used, so that no one leaves by it"
+    assert door.has_left(b"b", hello(unused))
+    assert door.has_left(b"b"), "nor is what follows its Hello"
+    assert not door.has_left(b"a"), "no more are remembered than that"

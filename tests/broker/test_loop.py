@@ -73,7 +73,7 @@ class Worker:
 class Broker:
     """A loop in a thread, and the supervisor's end of its control socket."""
 
-    def __init__(self, run_dir: Path, max_delay_us: int = 0, gpus: int = 0) -> None:
+    def __init__(self, run_dir: Path, max_delay_us: int = 0, gpus: int = 0, batch_timeout_s: float = 0.0) -> None:
         self.run_dir = RunDir.claim(run_dir)
         self._arena_fd = create_segment(SEGMENT_BYTES)
         listener = lifeline.listen(run_dir)
@@ -91,6 +91,7 @@ class Broker:
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena_fd,
+            batch_timeout_s=batch_timeout_s,
         )
         self.loop = Loop(configure(msgspec.json.encode(config)))
         self.thread = threading.Thread(target=self._run)
@@ -287,6 +288,31 @@ def test_what_a_worker_finished_before_it_ended_counts(broker):
     assert isinstance(done, m.Done)
     assert done.status == m.OK
     assert report(client).models[0].retries == 0
+
+
+def test_what_comes_in_over_zeromq_from_one_who_left_is_no_violation(broker):
+    """Its end is seen on its lifeline, which its last messages may be slower than."""
+    gone, other = broker.client("zmq"), broker.client("zmq")
+    gone.lifeline.close()
+    while report(other).producers > 1:
+        pass
+    gone.send(m.Status(1))
+    for _ in range(50):  # trips that begin after it
+        assert report(other).violations == 0
+
+
+def test_a_worker_that_does_not_answer_is_to_be_killed(tmp_path):
+    broker = Broker(tmp_path / "run", batch_timeout_s=0.01)
+    try:
+        worker, client = broker.worker(), broker.client()
+        client.send(m.Submit(lease(client), 0, 1, 0, 1))
+        worker.run()
+        hangs = broker.hear()
+        assert isinstance(hangs, c.WorkerHangs)
+        assert hangs.worker == 1
+        assert hangs.text.startswith("it hung: a batch ran for more than 0.01 s")
+    finally:
+        broker.close()
 
 
 def test_a_worker_that_ended_before_it_was_told_of_is_nothing(broker):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment, map_segment
-from trtpool.ipc.errors import AccessDenied, PoolNotFound, ProtocolError, TrtpoolError
+from trtpool.ipc.errors import AccessDenied, PoolNotFound, ProtocolError, RunDirError, TrtpoolError
 from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.lifeline import (
     PACKET_BYTES,
@@ -276,7 +276,7 @@ def test_listen_and_connect(run_dir, segment):
 def test_a_second_listener_is_refused_and_leaves_nothing(run_dir):
     with listen(run_dir):
         before = descriptors()
-        with pytest.raises(OSError, match="in use"):
+        with pytest.raises(RunDirError, match="in use; make room, or choose another"):
             listen(run_dir)
         assert descriptors() == before
 
