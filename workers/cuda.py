@@ -38,19 +38,24 @@ class CudaError(Exception):
         self.code = code
 
 
-def load_runtime() -> Any:
-    """The module `cuda.bindings.runtime`.
+def load_bindings(name: str) -> Any:
+    """The module `cuda.bindings.NAME`.
 
     Raises:
         MissingExtra: cuda-python is not installed.
     """
     try:
-        return importlib.import_module("cuda.bindings.runtime")
+        return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
         raise MissingExtra(
-            f"a GPU needs cuda-python, which cannot be imported ({error}); install it for the CUDA that your driver "
-            "runs (nvidia-smi shows it): pip install 'trtpool[cu13]' or 'trtpool[cu12]'"
+            f"cuda-python cannot be imported ({error}); install it for the CUDA that the driver runs, which nvidia-smi "
+            "shows: pip install 'trtpool[cu13]' or 'trtpool[cu12]'"
         ) from error
+
+
+def load_runtime() -> Any:
+    """The module `cuda.bindings.runtime`; see `load_bindings`."""
+    return load_bindings("runtime")
 
 
 class Cuda:

@@ -10,23 +10,20 @@ The exit code is 0 in both cases.  This runs in a process of its own, so that th
 
 from __future__ import annotations
 
-import importlib
 import os
 import uuid
-from types import ModuleType
 from typing import Any, Final
 
 import msgspec
 
-from trtpool.ipc.errors import DeviceUnavailable, MissingExtra, TrtpoolError
+from trtpool.ipc.errors import DeviceUnavailable, TrtpoolError
 from trtpool.ipc.process import only_answer, tie_to_parent
 from trtpool.ipc.settings import GpuInfo, Refusal
 
-_INSUFFICIENT_DRIVER: Final = 35
-_NO_DEVICE: Final = 100
+from .cuda import ERROR_DEVICES_UNAVAILABLE, ERROR_INSUFFICIENT_DRIVER, ERROR_NO_DEVICE, load_bindings
 
 _REMEDIES: Final = {
-    46: "its memory is full, or another process has it for itself (nvidia-smi shows which)",
+    ERROR_DEVICES_UNAVAILABLE: "its memory is full, or another process has it for itself (nvidia-smi shows which)",
     802: "on a host with NVSwitch start nvidia-fabricmanager",
     803: "the driver was updated under a running kernel module, so reboot",
     804: "remove the CUDA compatibility package (cuda-compat), or update the driver",
@@ -49,12 +46,12 @@ def look() -> GpuInfo:
         MissingExtra: cuda-python is not installed.
         DeviceUnavailable: no driver, one that is too old, or no such GPU.
     """
-    runtime, driver = _bindings()
+    runtime, driver = load_bindings("runtime"), load_bindings("driver")
     _, version = runtime.cudaDriverGetVersion()  # 0 without a driver, and then no error
     error, count = runtime.cudaGetDeviceCount()
-    if int(error) == _INSUFFICIENT_DRIVER:
+    if int(error) == ERROR_INSUFFICIENT_DRIVER:
         raise DeviceUnavailable(_insufficient(runtime, version))
-    if int(error) == _NO_DEVICE or (not int(error) and not count):
+    if int(error) == ERROR_NO_DEVICE or (not int(error) and not count):
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise DeviceUnavailable(
             f"CUDA finds no GPU {visible} here; `nvidia-smi -L` lists those there are, by index and by UUID"
@@ -74,17 +71,6 @@ def look() -> GpuInfo:
         memory_bytes=int(properties.totalGlobalMem),
         driver=_version(version),
     )
-
-
-def _bindings() -> tuple[ModuleType, ModuleType]:
-    """The bindings of CUDA's runtime and of its driver."""
-    try:
-        return importlib.import_module("cuda.bindings.runtime"), importlib.import_module("cuda.bindings.driver")
-    except ImportError as error:
-        raise MissingExtra(
-            f"cuda-python cannot be imported ({error}); install it for the CUDA that the driver runs, which nvidia-smi "
-            "shows: pip install 'trtpool[cu13]' or 'trtpool[cu12]'"
-        ) from error
 
 
 def _insufficient(runtime: Any, version: int) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from trtpool.ipc import messages as m
@@ -18,7 +19,9 @@ from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec
 
-from .engine import Planes, Rows
+from .engine import Planes, Rows, Times
+
+log = logging.getLogger("trtpool.worker")
 
 MAX_TEXT: int = 4096
 
@@ -53,6 +56,22 @@ class Joined(NamedTuple):
         )
         return inputs, outputs
 
+    def runs(self) -> Iterator[m.Run]:
+        """The batches that the broker sends, until it ends or says Bye.
+
+        Raises:
+            ProtocolError: it refused what we sent.
+        """
+        while messages := self.pipe.receive():
+            for message in messages:
+                if isinstance(message, m.Run):
+                    yield message
+                elif isinstance(message, m.Error):
+                    raise ProtocolError(f"the broker refused a message: {message.text}")
+                elif isinstance(message, m.Bye):
+                    log.debug("leaving: %s", message.text)
+                    return
+
     def rows(self, run: m.Run) -> Sequence[Rows]:
         """The rows of a batch.
 
@@ -69,6 +88,13 @@ class Joined(NamedTuple):
         """Disconnect."""
         self.pipe.close()
         os.close(self.arena_fd)
+
+
+def finished(run: m.Run, times: Times) -> m.Finished:
+    """What to tell the broker of a batch whose outputs are written."""
+    return m.Finished(
+        run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items
+    )
 
 
 def join(config: WorkerConfig) -> Joined:

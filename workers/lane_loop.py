@@ -28,11 +28,11 @@ from collections.abc import Callable
 from typing import Final, NamedTuple, NoReturn
 
 from trtpool.ipc import messages as m
-from trtpool.ipc.errors import EngineFailed, ProtocolError
+from trtpool.ipc.errors import EngineFailed
 from trtpool.ipc.settings import WorkerConfig
 
 from .engine import EngineError, LaneEngine
-from .joining import MAX_TEXT, Joined
+from .joining import MAX_TEXT, Joined, finished
 
 log = logging.getLogger("trtpool.worker")
 
@@ -82,17 +82,10 @@ class LaneLoop:
         """Serve until the broker ends or says Bye."""
         self._completion.start()
         try:
-            while messages := self._joined.pipe.receive():
-                for message in messages:
-                    if isinstance(message, m.Run):
-                        with self._lock:
-                            self._waiting.append(message)
-                            self._launch_waiting()
-                    elif isinstance(message, m.Error):
-                        raise ProtocolError(f"the broker refused a message: {message.text}")
-                    elif isinstance(message, m.Bye):
-                        log.debug("leaving: %s", message.text)
-                        return
+            for run in self._joined.runs():
+                with self._lock:
+                    self._waiting.append(run)
+                    self._launch_waiting()
         finally:
             self._flights.put(None)
             self._completion.join()
@@ -131,13 +124,7 @@ class LaneLoop:
         except EngineError as error:
             # A fault on the device ends all that is in flight, and does not tell which batch it came from.
             self._fail(f"the GPU failed: {error}")
-        self._joined.pipe.send(
-            [
-                m.Finished(
-                    run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items
-                )
-            ]
-        )
+        self._joined.pipe.send([finished(run, times)])
         with self._lock:
             self._free.append(flight.lane)
             self._launch_waiting()

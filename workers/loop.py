@@ -7,11 +7,10 @@ import logging
 from collections.abc import Callable
 
 from trtpool.ipc import messages as m
-from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError
-from .joining import MAX_TEXT, Joined
+from .joining import MAX_TEXT, Joined, finished
 
 log = logging.getLogger("trtpool.worker")
 
@@ -35,17 +34,9 @@ class WorkerLoop:
 
     def run(self) -> None:
         """Serve until the broker ends or says Bye."""
-        pipe = self._joined.pipe
         with contextlib.suppress(ConnectionError):  # it ended while we worked
-            while messages := pipe.receive():
-                for message in messages:
-                    if isinstance(message, m.Run):
-                        pipe.send([self._run(message)])
-                    elif isinstance(message, m.Error):
-                        raise ProtocolError(f"the broker refused a message: {message.text}")
-                    elif isinstance(message, m.Bye):
-                        log.debug("leaving: %s", message.text)
-                        return
+            for run in self._joined.runs():
+                self._joined.pipe.send([self._run(run)])
 
     def close(self) -> None:
         """Free the engines and disconnect."""
@@ -59,6 +50,4 @@ class WorkerLoop:
         except EngineError as error:
             log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error)
             return m.Failed(run.batch, run.attempt, str(error)[:MAX_TEXT])
-        return m.Finished(
-            run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items
-        )
+        return finished(run, times)
