@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import psutil
+import pytest
 
 import trtpool
 from trtpool.ipc.process import wait_ended
@@ -282,6 +283,20 @@ def hold(client: trtpool.Client, values: list[float]) -> list[trtpool.Submitted]
         wait_until(lambda: _in_flight(client) == count, "it is in flight", client.status)  # noqa: B023
     assert figures(client).running >= 1
     return work
+
+
+def only_the_third_ends_workers(client: trtpool.Client, how: str) -> None:
+    """Four items of `NEGATE` in one batch, the third of them 13, which ends workers: it fails alone, as `how` says."""
+    with client.lease_many(4) as leases:
+        work = []
+        for index, slot in enumerate(leases.slots()):
+            slot.inputs["x"][...] = 13 if index == 2 else index
+            work.append(slot.submit())
+        with pytest.raises(trtpool.WorkerDied, match=how):
+            work[2].result(timeout_s=60)
+        assert [answer(work[index]) for index in (0, 1, 3)] == [0, -1, -3]
+        work[2].release()
+        wait_all_free(client)
 
 
 def _in_flight(client: trtpool.Client) -> int:

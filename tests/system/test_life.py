@@ -18,6 +18,7 @@ from tests.system.rig import (
     family,
     figures,
     hold,
+    only_the_third_ends_workers,
     ones,
     submit,
     wait_all_free,
@@ -204,17 +205,8 @@ def test_an_input_that_kills_workers_fails_alone(negate, run_dir, worker_does):
     with (
         StartedPool(negate, run_dir=run_dir, max_batch=4, slots=16, env=env) as pool,
         pool.connect() as client,
-        client.lease_many(4) as leases,
     ):
-        work = []
-        for index, slot in enumerate(leases.slots()):
-            slot.inputs["x"][...] = 13 if index == 2 else index
-            work.append(slot.submit())
-        with pytest.raises(trtpool.WorkerDied, match=r"SIGSEGV \(a crash in native code"):
-            work[2].result(timeout_s=60)
-        assert [answer(work[index]) for index in (0, 1, 3)] == [0, -1, -3]
-        work[2].release()
-        wait_all_free(client)
+        only_the_third_ends_workers(client, r"SIGSEGV \(a crash in native code")
         client.close()
         pool.kill(signal.SIGTERM)
         assert pool.wait() == 0
