@@ -8,8 +8,17 @@
       | <-- WorkerIsReady ---------------- |
       | <-- WorkerSaid ------------------- |  why it must end, in its own words
       | --- WorkerGone ------------------> |  it ended and was reaped
+      | <-- PeerAdmitted + 2 fds --------- |  a client's lifeline and its pidfd, to keep
+      | <-- PeerForgotten ---------------- |
       | --- DrainNow --------------------> |
       | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
+
+A broker that takes over is told first of all that the supervisor kept::
+
+      | --- PeerKept + 2 fds, each ------> |
+      | --- WorkerStarted + 2 fds, each -> |  those that live; another that the broker finds in its books has ended
+      | --- TakeOver --------------------> |
+      | <-- BrokerReady ------------------ |
 """
 
 from __future__ import annotations
@@ -60,7 +69,43 @@ class WorkerSaid(msgspec.Struct, frozen=True, tag=7):
     text: str
 
 
-Control: TypeAlias = BrokerReady | WorkerStarted | WorkerIsReady | WorkerSaid | WorkerGone | DrainNow | IsDrained
+class PeerAdmitted(msgspec.Struct, frozen=True, tag=8):
+    """A client connected: keep its lifeline and pidfd for the next broker.  Said before the client is told anything."""
+
+    peer: int
+    pid: int
+
+
+class PeerForgotten(msgspec.Struct, frozen=True, tag=9):
+    """Nothing of a client is left; close what was kept."""
+
+    peer: int
+
+
+class PeerKept(msgspec.Struct, frozen=True, tag=10):
+    """A client that the last broker admitted."""
+
+    peer: int
+    pid: int
+
+
+class TakeOver(msgspec.Struct, frozen=True, tag=11):
+    """All has been told."""
+
+
+Control: TypeAlias = (
+    BrokerReady
+    | WorkerStarted
+    | WorkerIsReady
+    | WorkerSaid
+    | WorkerGone
+    | DrainNow
+    | IsDrained
+    | PeerAdmitted
+    | PeerForgotten
+    | PeerKept
+    | TakeOver
+)
 
 decode = msgspec.msgpack.Decoder(Control).decode
 

@@ -21,12 +21,15 @@ changed last.  Only the broker and the supervisor have this memory: nobody else 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
+import os
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Final, NamedTuple
 
+from trtpool.ipc.layout import Layout
 from trtpool.ipc.pipe import FRAME_BYTES
 
 LOG_BYTES: Final = 4 << 20
@@ -79,10 +82,23 @@ class JournalFull(Exception):
     """A snapshot, or a record, has no room: more is known of the pool than was reckoned with."""
 
 
-def journal_bytes(slots: int) -> int:
-    """How large the memory must be for a pool with so many slots of all models; what is not used takes no memory."""
+def journal_bytes(layout: Layout) -> int:
+    """How large the memory must be for a pool; what is not used takes no memory."""
+    slots = sum(model.slots for model in layout.models)
     half = LOG_BYTES + BASE_BYTES + SLOT_BYTES * slots
     return _HEADER_BYTES + 2 * (-(-half // PAGE_BYTES) * PAGE_BYTES)
+
+
+def create_table(size: int) -> int:
+    """Memory for a journal, sealed against shrinking and growing; returns its descriptor."""
+    fd = os.memfd_create("trtpool-table", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 class Journal:

@@ -207,7 +207,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs."""
+    """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
+
+    `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With `takes_over` it goes
+    on from what another left there, with the peers that the supervisor tells of first.
+    """
 
     parent_pid: int
     name: str
@@ -220,3 +224,5 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listener_fd: int
     control_fd: int
     arena_fd: int
+    table_fd: int | None = None
+    takes_over: bool = False
