@@ -117,21 +117,6 @@ def test_without_its_supervisor_a_pool_ends_and_another_can_follow(negate, run_d
     assert not run_dir.exists()
 
 
-def test_without_its_broker_a_pool_ends_with_one_line(negate, run_dir):
-    with StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8) as pool, pool.connect() as client:
-        with pool.stopped_worker() as worker, watching([pool.broker, worker]) as wait:
-            work = hold(client, [1, 2, 3])
-            os.kill(pool.broker, signal.SIGKILL)
-            assert pool.wait() == 14
-            wait()
-        (line,) = pool.rest(2).splitlines()
-        assert line.startswith("trtpool: the broker ended: SIGKILL (killed from outside")
-        for one in work:
-            with pytest.raises(trtpool.PoolClosed):
-                one.result(timeout_s=60)
-    assert not run_dir.exists()
-
-
 def test_the_work_of_a_killed_worker_is_done_by_the_next(pool, client):
     retries = figures(client).retries
     with pool.stopped_worker() as worker:
