@@ -55,6 +55,9 @@ BROKER_TRIES: Final = 3
 
 BEQUEATH_PAUSE_S: Final = 0.002
 
+RESERVE: Final = 16
+"""Descriptors that are not spent on keeping clients for another broker: what starting a worker or a broker takes."""
+
 HEAR_OUT_S: Final = 1.0
 """How long the broker may take to pass on what a worker said before it ended."""
 
@@ -125,6 +128,7 @@ class Supervisor:
         ]
         self._next_worker = 1
         self._clients: dict[int, tuple[int, list[int]]] = {}  # pid, lifeline and pidfd of each, for the next broker
+        self._reserve: list[int] = []
         self._hears_broker = False
         self._epoch = self._broker_tries = 0
         self._draining = False
@@ -219,6 +223,7 @@ class Supervisor:
             allow_users=settings.allow_users,
             table_fd=table_fd,
         )
+        self._stack.callback(lifeline.close_all, self._reserve)
         self._start_broker()
         self._wait_for(lambda: self._broker_ready)
         for worker in self._workers:
@@ -239,6 +244,18 @@ class Supervisor:
             self._settings = ensure_plans(settings, gpus, self._say, self._interrupts)
             self._requests = requests(self._settings)
         return gpus
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Descriptors to start a child with, even if clients took all others."""
+        lifeline.close_all(self._reserve)
+        self._reserve.clear()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # those that there are none for now are got the next time
+                while len(self._reserve) < RESERVE:
+                    self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def _spawn(self, module: str, config: msgspec.Struct, fds: list[int], worker: _Worker | None) -> int:
         """Start a child; returns a pidfd of it, which the epoll watches."""
@@ -264,8 +281,9 @@ class Supervisor:
         """Start the first broker, or one that takes over from it."""
         self._epoch += 1
         self._broker_ready, self._hears_broker = False, True
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
+        with self._room(), contextlib.ExitStack() as stack:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(theirs)
             config = msgspec.structs.replace(
                 self._broker_config, epoch=self._epoch, control_fd=theirs.fileno(), takes_over=self._epoch > 1
             )
@@ -327,8 +345,8 @@ class Supervisor:
         worker.number, worker.ready, worker.said, worker.killed = self._next_worker, False, "", False
         worker.ready_by = time.monotonic() + (self._settings.start_timeout_s or float("inf"))
         self._next_worker += 1
-        brokers, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with brokers, workers:
+        with self._room(), contextlib.ExitStack() as stack:
+            brokers, workers = map(stack.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             cpus = max(1, len(os.sched_getaffinity(0)) // len(self._workers))
             config = WorkerConfig(
                 parent_pid=os.getpid(),

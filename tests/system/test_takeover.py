@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -51,6 +52,15 @@ def kill_broker(pool: StartedPool) -> None:
 def open_descriptors(pool: StartedPool) -> int:
     """How many the supervisor has."""
     return len(list(Path(f"/proc/{pool.pid}/fd").iterdir()))
+
+
+def has_table(pid: int) -> bool:
+    """Whether a process has its descriptor, or maps it."""
+    links = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links.append(str(path.readlink()))
+    return "memfd:trtpool-table" in " ".join([*links, Path(f"/proc/{pid}/maps").read_text()])
 
 
 def end(pool: StartedPool) -> None:
@@ -236,6 +246,15 @@ def test_clients_that_leave_are_forgotten_by_the_supervisor_too(pool: StartedPoo
         kill_broker(pool)
     client.status()
     wait_until(lambda: open_descriptors(pool) == before, "they are closed", lambda: open_descriptors(pool))
+
+
+def test_nobody_but_broker_and_supervisor_has_the_table(pool: StartedPool, client: trtpool.Client) -> None:
+    kill_broker(pool)
+    workers = [worker.pid for worker in client.status().workers]
+    assert has_table(pool.pid)
+    assert has_table(pool.broker)
+    assert workers
+    assert not any(has_table(pid) for pid in [*workers, os.getpid()])
 
 
 def test_brokers_that_never_get_ready_end_the_pool(negate: Path, run_dir: Path, tmp_path: Path) -> None:
