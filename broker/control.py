@@ -9,8 +9,17 @@
       | <-- WorkerSaid ------------------- |  why it must end, in its own words
       | <-- WorkerHangs ------------------ |  it must be killed
       | --- WorkerGone ------------------> |  it ended and was reaped
+      | <-- PeerAdmitted + 2 fds --------- |  a client's lifeline and its pidfd, to keep
+      | <-- PeerForgotten ---------------- |
       | --- DrainNow --------------------> |
       | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
+
+A broker that takes over is told first of all that the supervisor kept::
+
+      | --- WorkerStarted + 2 fds, each -> |  those that live; another that the broker finds in its books has ended
+      | --- PeerKept + 2 fds, each ------> |
+      | --- TakeOver --------------------> |
+      | <-- BrokerReady ------------------ |
 """
 
 from __future__ import annotations
@@ -68,8 +77,43 @@ class WorkerHangs(msgspec.Struct, frozen=True, tag=8):
     text: str
 
 
+class PeerAdmitted(msgspec.Struct, frozen=True, tag=9):
+    """A client connected: keep its lifeline and pidfd for the next broker.  Said before the client is told anything."""
+
+    peer: int
+    pid: int
+
+
+class PeerForgotten(msgspec.Struct, frozen=True, tag=10):
+    """Nothing of a client is left; close what was kept."""
+
+    peer: int
+
+
+class PeerKept(msgspec.Struct, frozen=True, tag=11):
+    """A client that the last broker admitted."""
+
+    peer: int
+    pid: int
+
+
+class TakeOver(msgspec.Struct, frozen=True, tag=12):
+    """All has been told."""
+
+
 Control: TypeAlias = (
-    BrokerReady | WorkerStarted | WorkerIsReady | WorkerSaid | WorkerHangs | WorkerGone | DrainNow | IsDrained
+    BrokerReady
+    | WorkerStarted
+    | WorkerIsReady
+    | WorkerSaid
+    | WorkerHangs
+    | WorkerGone
+    | DrainNow
+    | IsDrained
+    | PeerAdmitted
+    | PeerForgotten
+    | PeerKept
+    | TakeOver
 )
 
 decode = msgspec.msgpack.Decoder(Control).decode

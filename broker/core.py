@@ -668,6 +668,11 @@ class Core:
             self._stop_serving(worker)
         self._actions.append(Hung(worker.peer, text))
 
+    def excuse_workers(self, now_ns: int) -> None:
+        """Nobody read for a while what workers said: their batches have the whole time-out from now on."""
+        for worker in self.workers.values():
+            worker.oldest_ns = now_ns
+
     def _expire(self, work: Work) -> None:
         move(work.lease.states, SlotEvent.DROP, work.at, work.count)
         waited_ms = (self.now_ns - work.queued_ns) / 1e6

@@ -17,7 +17,7 @@ import os
 import select
 import socket
 import time
-from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,7 +27,6 @@ import zmq
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError, RunDirError
-from trtpool.ipc.pipe import FRAME_BYTES
 from trtpool.ipc.process import has_ended, peer_credentials, peer_pidfd
 from trtpool.ipc.rundir import ZMQ_PREFIX, socket_mode
 from trtpool.ipc.settings import MAX_FRAME_BYTES, PROTOCOL_VERSION, BrokerConfig
@@ -36,6 +35,9 @@ from . import control as c
 from . import events as e
 from .core import Core
 from .doorman import Doorman
+from .inheritance import Inheritance, Kept, inherit
+from .journal import Journal, journal_bytes
+from .ledger import Ledger, Mail, Told
 
 log = logging.getLogger("trtpool.broker")
 
@@ -75,7 +77,7 @@ BYE_LINGER_MS: Final = 5000
 class _Peer:
     """A lifeline, and the process behind it.  `told`: the supervisor knows why it must end."""
 
-    __slots__ = ("direct", "joined", "number", "outbox", "pid", "pidfd", "sock", "told", "worker")
+    __slots__ = ("direct", "joined", "mail", "number", "pid", "pidfd", "resume", "sock", "told", "worker")
 
     def __init__(self, number: int, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         self.number = number
@@ -85,7 +87,8 @@ class _Peer:
         self.worker = worker
         self.direct = self.joined = worker is not None  # `direct`: its messages go over the lifeline
         self.told = False
-        self.outbox: deque[bytes] = deque()
+        self.mail = Mail()  # that of the ledger, once it has joined
+        self.resume = b""  # goes out before all mail
 
 
 class Loop:
@@ -108,17 +111,18 @@ class Loop:
             arena_bytes=config.layout.segment_bytes,
             started_ns=time.monotonic_ns(),
         )
+        table_fd = -1 if config.table_fd is None else config.table_fd
+        self._kept = config.table_fd is not None  # by a supervisor, for the next of us
+        self._journal = Journal(table_fd, journal_bytes(config.layout))
+        self._ledger = Ledger(self._core, self._journal)
         self._doorman = Doorman()
         self._peers: dict[int, _Peer] = {}
         self._by_fd: dict[int, _Peer] = {}
         self._slow: set[_Peer] = set()
-        self._next_peer = 1
         self._accept_again_ns = 0
         self._finished = False
-        self._actions: list[e.Action] = []
         self._listener = socket.socket(fileno=config.listener_fd)
         self._control = socket.socket(fileno=config.control_fd)
-        self._control.setblocking(False)
         self._endpoint = f"ipc://{Path(config.run_dir) / ZMQ_PREFIX}{config.epoch}"
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router = self._context.socket(zmq.ROUTER)
@@ -147,14 +151,62 @@ class Loop:
 
     def run(self) -> None:
         """Serve."""
+        if self._config.takes_over:
+            self._take_over(inherit(self._control))
         self._tell(c.BrokerReady())
         while not self._finished:
             for fd in self._sleep():
                 self._look_at(fd)
             self._read_messages()
-            self._decide(e.TurnEnded())
-            self._act()
+            self._end_turn()
         self._say_bye()
+
+    # ------------------------------------------------------------------ taking over
+
+    def _take_over(self, kept: Inheritance) -> None:
+        """Go on where a broker ended.  Who dies in this leaves all as it was, until the ledger is compact."""
+        ledger, now = self._ledger, time.monotonic_ns()
+        rest = ledger.recover(now)
+        ledger.next_peer = max(ledger.next_peer, *(number + 1 for number in kept.peers), 1)
+        numbers = {mail.worker: peer for peer, mail in ledger.mail.items() if mail.worker is not None}
+        for worker, one in kept.workers.items():
+            if worker in numbers:
+                self._watch(_Peer(numbers[worker], one.sock, one.pidfd, one.pid, worker))
+        for number, one in kept.peers.items():
+            if number in self._core.producers:
+                self._resume_client(number, one)
+            else:  # it was not welcomed yet, and connects again
+                self._shut(one.sock)
+                os.close(one.pidfd)
+                self._forget_kept(number)
+        self._see_to(rest)
+        ledger.compact()
+        for peer in list(self._peers.values()):
+            if not peer.direct:
+                self._cut_off(peer)  # ZeroMQ may have lost what it had of it
+            elif peer.sock.fileno() >= 0:
+                peer.resume = m.encode([m.Resume(self._config.epoch, peer.mail.said)])
+                self._send_mail(peer)
+        ledger.sent(peer.number for peer in self._slow)
+        for worker, one in kept.workers.items():
+            if worker not in numbers:  # the last broker never heard of it
+                self._start_worker(worker, one)
+        for worker in numbers.keys() - kept.workers.keys():
+            ledger.decide(e.WorkerEnded(numbers[worker], "it ended while the broker did"), now)
+        for number in [one for one in self._core.producers if one not in self._peers]:
+            log.warning(
+                "peer %d was lost: what it holds stays taken; raise the limit on open files (ulimit -n)", number
+            )
+            ledger.decide(e.ProducerClosed(number), now)
+        log.warning("this broker has taken over: epoch %d, %d peers", self._config.epoch, len(self._peers))
+
+    def _resume_client(self, number: int, kept: Kept) -> None:
+        peer = _Peer(number, kept.sock, kept.pidfd, kept.pid, None)
+        peer.joined = True
+        peer.direct = not self._ledger.mail.get(number, Mail()).zmq
+        self._watch(peer)
+        if self._core.producers[number].closed:
+            self._close_lifeline(peer)
 
     # ------------------------------------------------------------------ sleeping
 
@@ -242,9 +294,8 @@ class Loop:
         self._add_peer(sock, pidfd, who.pid, worker=None)
 
     def _add_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
-        number = self._next_peer
-        self._next_peer += 1
-        sock.setblocking(False)
+        number = self._ledger.next_peer
+        self._ledger.next_peer += 1
         peer = _Peer(number, sock, pidfd, pid, worker)
         description = lifeline.Description(
             version=PROTOCOL_VERSION,
@@ -256,71 +307,92 @@ class Loop:
             gpus=self._config.gpus,
         )
         try:
+            if worker is None and self._kept:
+                self._tell(c.PeerAdmitted(number, pid), [sock.fileno(), pidfd])
             lifeline.send_packet(sock, description, [self._config.arena_fd])
         except OSError:
             os.close(pidfd)
             self._doorman.forget(number)
+            if worker is None:
+                self._forget_kept(number)
             raise
-        self._peers[number] = peer
-        self._by_fd[sock.fileno()] = self._by_fd[pidfd] = peer
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
-        if worker is None:
-            self._epoll.register(pidfd, select.EPOLLIN)
-        else:  # its end counts when the supervisor has reaped it, and says so
-            self._decide(e.WorkerJoined(number, pid))
+        self._watch(peer)
+        if worker is not None:
+            self._ledger.join_worker(number, pid, worker, time.monotonic_ns())
+            peer.mail = self._ledger.mail[number]
         log.debug("peer %d is process %d%s", number, pid, "" if worker is None else f", worker {worker}")
+
+    def _watch(self, peer: _Peer) -> None:
+        """Look at what comes from a peer, and at a client's end; of a worker's the supervisor tells, which reaps it."""
+        peer.sock.setblocking(False)
+        peer.mail = self._ledger.mail.get(peer.number, peer.mail)
+        self._peers[peer.number] = peer
+        self._by_fd[peer.sock.fileno()] = self._by_fd[peer.pidfd] = peer
+        self._epoll.register(peer.sock.fileno(), select.EPOLLIN)
+        if peer.worker is None:
+            self._epoll.register(peer.pidfd, select.EPOLLIN)
 
     def _read_lifeline(self, peer: _Peer) -> None:
         """Take what a peer has sent over its lifeline; at the end of file, wait for the end of its process."""
         for _ in range(MAX_FRAMES_OF_A_PEER):
-            if peer.sock.fileno() < 0:
+            if peer.sock.fileno() < 0 or not self._journal.has_room:
                 return
             try:
-                frame = peer.sock.recv(FRAME_BYTES)
+                length = peer.sock.recv_into(self._journal.frame(peer.number))
             except BlockingIOError:
                 return
             except ConnectionResetError:
                 continue  # it closed with something unread, which is told once, before what it sent last
             except OSError:
-                frame = b""
-            if not frame:
+                length = 0
+            if not length:
                 self._cut_off(peer)
-            elif peer.direct:
-                self._take_messages(peer.number, frame)
-                if peer.worker is not None:
-                    self._pass_on_reason(peer, peer.worker)
-            else:
-                self._greet_direct(peer, frame)
+                return
+            now = time.monotonic_ns()
+            frame = self._journal.commit(length, now)
+            if not peer.direct:
+                self._greet_direct(peer, frame, now)
+                continue
+            self._ledger.receive(peer.number, frame, now)
+            if peer.worker is not None:
+                self._pass_on_reason(peer, peer.worker)
 
-    def _greet_direct(self, peer: _Peer, frame: bytes) -> None:
+    def _greet_direct(self, peer: _Peer, frame: memoryview, now: int) -> None:
         """The first frame over a lifeline, if the peer did not choose ZeroMQ, must begin with Hello and its token."""
-        try:
-            hello, *rest = m.decode_to_broker(frame)
-        except ProtocolError:
-            hello, rest = None, []
-        if peer.joined or not isinstance(hello, m.Hello) or not self._doorman.redeem(peer.number, hello):
+        hello = _hello(frame)
+        if peer.joined or hello is None or not self._doorman.redeem(peer.number, hello):
             self._core.violations += 1
             log.warning("peer %d (process %d) broke the protocol, and is cut off", peer.number, peer.pid)
             self._cut_off(peer)
             return
         peer.direct = peer.joined = True
-        self._decide(e.ProducerJoined(peer.number))
-        self._handle(peer.number, rest)
+        self._ledger.join(peer.number, frame, now)
 
     def _cut_off(self, peer: _Peer) -> None:
         """Close the lifeline; what the peer holds is free when its process has ended."""
         if peer.sock.fileno() < 0:
             return
-        fd = peer.sock.fileno()
-        self._epoll.unregister(fd)
-        del self._by_fd[fd]
-        peer.sock.close()
-        self._slow.discard(peer)
+        self._close_lifeline(peer)
         if peer.worker is None:
             if not peer.joined:
                 self._forget(peer)  # it never said Hello
             else:
                 self._decide(e.ProducerClosed(peer.number))
+
+    def _close_lifeline(self, peer: _Peer) -> None:
+        fd = peer.sock.fileno()
+        self._epoll.unregister(fd)
+        del self._by_fd[fd]
+        self._shut(peer.sock)
+        peer.mail.unsent.clear()
+        self._slow.discard(peer)
+
+    @staticmethod
+    def _shut(sock: socket.socket) -> None:
+        """Close a socket of which the supervisor has a duplicate, so that the peer sees it at once."""
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
 
     def _process_ended(self, peer: _Peer) -> None:
         if not has_ended(peer.pidfd):
@@ -343,8 +415,16 @@ class Loop:
             if self._by_fd.pop(fd, None) is not None:
                 with contextlib.suppress(OSError):
                     self._epoll.unregister(fd)
+        if peer.worker is None:
+            self._shut(peer.sock)
+            self._forget_kept(peer.number)
         peer.sock.close()
         os.close(peer.pidfd)
+        self._ledger.forget(peer.number)
+
+    def _forget_kept(self, number: int) -> None:
+        if self._kept:
+            self._tell(c.PeerForgotten(number))
 
     # ------------------------------------------------------------------ the supervisor
 
@@ -358,12 +438,7 @@ class Loop:
                 raise SystemExit(1)  # the supervisor ended
             message = c.decode(data)
             if isinstance(message, c.WorkerStarted):
-                sock, pidfd = socket.socket(fileno=fds[0]), fds[1]
-                try:
-                    self._add_peer(sock, pidfd, message.pid, message.worker)
-                except OSError as error:  # it ended already; WorkerGone follows
-                    sock.close()
-                    log.debug("worker %d took no description: %s", message.worker, error)
+                self._start_worker(message.worker, Kept(message.pid, socket.socket(fileno=fds[0]), fds[1]))
             elif isinstance(message, c.WorkerGone):
                 self._worker_gone(message)
             elif isinstance(message, c.DrainNow):
@@ -384,6 +459,13 @@ class Loop:
             while len(self._reserve) < RESERVE:
                 self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
+    def _start_worker(self, worker: int, kept: Kept) -> None:
+        try:
+            self._add_peer(kept.sock, kept.pidfd, kept.pid, worker)
+        except OSError as error:  # it ended already; WorkerGone follows
+            kept.sock.close()
+            log.debug("worker %d took no description: %s", worker, error)
+
     def _worker_gone(self, message: c.WorkerGone) -> None:
         for peer in self._peers.values():
             if peer.worker == message.worker:
@@ -401,12 +483,21 @@ class Loop:
 
     def _end_worker(self, hung: e.Hung) -> None:
         """Have the supervisor kill a worker; its batches go back when it says that the process is gone."""
-        peer = self._peers[hung.peer]
-        assert peer.worker is not None
-        self._tell(c.WorkerHangs(peer.worker, hung.text))
+        peer = self._peers.get(hung.peer)
+        if peer is not None and peer.worker is not None:  # or it ended with the last broker, which had it killed
+            self._tell(c.WorkerHangs(peer.worker, hung.text))
 
-    def _tell(self, message: c.Control) -> None:
-        lifeline.send_packet(self._control, message)
+    def _tell(self, message: c.Control, fds: Sequence[int] = ()) -> None:
+        """Tell the supervisor, which always reads, if not always at once."""
+        while True:
+            try:
+                lifeline.send_packet(self._control, message, fds)
+            except BlockingIOError:
+                writable = select.poll()
+                writable.register(self._control, select.POLLOUT)
+                writable.poll()
+            else:
+                return
 
     # ------------------------------------------------------------------ messages in
 
@@ -415,6 +506,8 @@ class Loop:
         for _ in range(MAX_FRAMES_A_TURN if self._zmq_used else 0):
             if not self._has_messages():
                 self._zmq_used = False
+                return
+            if not self._journal.has_room:
                 return
             identity = router.recv(NOBLOCK)
             frame = router.recv(NOBLOCK)
@@ -427,44 +520,21 @@ class Loop:
 
     def _take_frame(self, identity: bytes, frame: bytes) -> None:
         number = self._doorman.peer_of(identity)
+        now = time.monotonic_ns()
         if number is not None:
-            self._take_messages(number, frame)
+            self._ledger.take(number, frame, now)
             return
         if self._doorman.has_left(identity):
             return
-        try:
-            messages = m.decode_to_broker(frame)
-        except ProtocolError:
-            self._turn_away(identity)
-            return
-        number = self._greet(identity, messages[0])
-        if number is not None:
-            self._handle(number, messages[1:])
-
-    def _take_messages(self, number: int, frame: bytes) -> None:
-        try:
-            messages = m.decode_to_broker(frame)
-        except ProtocolError as error:
-            self._core.violations += 1
-            self._actions.append(e.Send(number, m.Error(m.BAD_MESSAGE, str(error))))
-        else:
-            self._handle(number, messages)
-
-    def _handle(self, number: int, messages: list[m.ToBroker]) -> None:
-        now = time.monotonic_ns()
-        handle = self._core.handle
-        for message in messages:
-            self._actions += handle(e.Received(number, message), now)
-
-    def _greet(self, identity: bytes, message: m.ToBroker) -> int | None:
-        number = self._doorman.bind(identity, message) if isinstance(message, m.Hello) else None
+        hello = _hello(frame)
+        number = None if hello is None else self._doorman.bind(identity, hello)
         if number is None:
-            if not self._doorman.has_left(identity, message if isinstance(message, m.Hello) else None):
+            if not self._doorman.has_left(identity, hello):
                 self._turn_away(identity)
-            return None
+            return
         self._peers[number].joined = True
-        self._decide(e.ProducerJoined(number))
-        return number
+        self._ledger.join_over_zmq(number, frame, now)
+        self._peers[number].mail = self._ledger.mail[number]
 
     def _turn_away(self, identity: bytes) -> None:
         self._core.violations += 1
@@ -476,62 +546,67 @@ class Loop:
 
     # ------------------------------------------------------------------ decisions out
 
-    def _decide(self, event: e.Event) -> None:
-        self._actions += self._core.handle(event, time.monotonic_ns())
+    def _decide(self, event: Told) -> None:
+        self._ledger.decide(event, time.monotonic_ns())
 
-    def _act(self) -> None:
+    def _end_turn(self) -> None:
         """Carry out what the core decided in this turn, one frame a peer."""
+        had_slow = bool(self._slow)
         for peer in list(self._slow):
-            self._send_outbox(peer)
-        if not self._actions:
-            return
-        actions, self._actions = self._actions, []
-        frames: dict[int, list[m.FromBroker]] = {}
-        forgotten = []
-        for action in actions:
-            if isinstance(action, e.Send):
-                frames.setdefault(action.peer, []).append(action.message)
-            elif isinstance(action, e.Forget):
-                forgotten.append(action.peer)
-            elif isinstance(action, e.WorkerReady):
-                worker = self._peers[action.peer].worker
-                assert worker is not None
-                self._tell(c.WorkerIsReady(worker))
-            elif isinstance(action, e.Hung):
-                self._end_worker(action)
-            else:
-                self._tell(c.IsDrained())
-                self._finished = True
-        for number, messages in frames.items():
+            self._send_mail(peer)
+        peers, rest = self._ledger.end_turn(time.monotonic_ns())
+        forgotten = self._see_to(rest)
+        for number in peers:
             reader = self._peers.get(number)
             if reader is not None:
-                self._send_all(reader, messages)
+                reader.mail = self._ledger.mail[number]
+                self._send_mail(reader)
         for number in forgotten:
+            self._ledger.forget(number)
             gone = self._peers.get(number)
             if gone is not None and gone.worker is None:
                 self._forget(gone)
+        if peers or rest or had_slow:
+            self._ledger.sent(peer.number for peer in self._slow)
+        if not self._journal.has_room:
+            self._ledger.compact()
 
-    def _send_all(self, peer: _Peer, messages: list[m.FromBroker]) -> None:
-        """Send messages in one frame, or in as many as it takes."""
-        frame = m.encode(messages)
-        if len(frame) <= FRAME_BYTES or len(messages) == 1:
-            self._send(peer, frame)
+    def _see_to(self, actions: list[e.Action]) -> list[int]:
+        """Do what is not to send; returns the peers to forget when all is sent."""
+        forgotten = []
+        for action in actions:
+            if isinstance(action, e.Forget):
+                forgotten.append(action.peer)
+            elif isinstance(action, e.WorkerReady):
+                peer = self._peers.get(action.peer)
+                if peer is not None and peer.worker is not None:
+                    self._tell(c.WorkerIsReady(peer.worker))
+            elif isinstance(action, e.Hung):
+                self._end_worker(action)
+            elif isinstance(action, e.Drained):
+                self._tell(c.IsDrained())
+                self._finished = True
+        return forgotten
+
+    def _send_mail(self, peer: _Peer) -> None:
+        """Send what waits for a peer, as far as it takes it now."""
+        unsent = peer.mail.unsent
+        if peer.sock.fileno() < 0:
+            unsent.clear()  # it left, or was cut off, and reads nothing any more
             return
-        middle = len(messages) // 2
-        self._send_all(peer, messages[:middle])
-        self._send_all(peer, messages[middle:])
-
-    def _send(self, peer: _Peer, frame: bytes) -> None:
-        if peer.worker is None and peer.sock.fileno() < 0:
-            return  # it left, or was cut off, and reads nothing any more
-        if peer.outbox:
-            peer.outbox.append(frame)
-        elif not self._try_send(peer, frame):
-            peer.outbox.append(frame)
-            self._slow.add(peer)
-        if len(peer.outbox) > MAX_OUTBOX_FRAMES:
+        if peer.resume:
+            if not self._try_send(peer, peer.resume):
+                self._slow.add(peer)
+                return
+            peer.resume = b""
+        while unsent and self._try_send(peer, unsent[0]):
+            unsent.popleft()
+        if not unsent:
+            self._slow.discard(peer)
+            return
+        self._slow.add(peer)
+        if len(unsent) > MAX_OUTBOX_FRAMES:
             log.warning("peer %d (process %d) reads too slowly, and is cut off", peer.number, peer.pid)
-            peer.outbox.clear()
             self._cut_off(peer)
 
     def _try_send(self, peer: _Peer, frame: bytes) -> bool:
@@ -563,19 +638,13 @@ class Loop:
                 raise
         return True
 
-    def _send_outbox(self, peer: _Peer) -> None:
-        while peer.outbox and self._try_send(peer, peer.outbox[0]):
-            peer.outbox.popleft()
-        if not peer.outbox:
-            self._slow.discard(peer)
-
     def _say_bye(self) -> None:
         """Tell all who are left, wait until that is out, and close."""
         frame = m.encode([m.Bye(f"pool {self._config.name!r} was stopped")])
         for peer in self._peers.values():
             with contextlib.suppress(zmq.ZMQError):
-                self._send_outbox(peer)
-                if not peer.outbox:
+                self._send_mail(peer)
+                if not peer.mail.unsent:
                     self._try_send(peer, frame)
         self._router.close()
         self._context.term()
@@ -583,6 +652,16 @@ class Loop:
             self._forget(peer)
         lifeline.close_all(self._reserve)
         self._epoll.close()
+        self._journal.close()
+
+
+def _hello(frame: bytes | memoryview) -> m.Hello | None:
+    """What a frame begins with, if it is a good one that begins with Hello."""
+    try:
+        first = m.decode_to_broker(frame)[0]
+    except ProtocolError:
+        return None
+    return first if isinstance(first, m.Hello) else None
 
 
 def configure(raw: bytes) -> BrokerConfig:

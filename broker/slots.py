@@ -110,6 +110,9 @@ class Ring:
     Args:
         slots: how many.
         batch: slots of a batch.
+
+    Attributes:
+        cursor: where the next are looked for first.
     """
 
     def __init__(self, slots: int, batch: int = 1) -> None:
@@ -117,7 +120,7 @@ class Ring:
         self.slots = slots
         self._batch = batch
         self._used = bytearray(slots)
-        self._cursor = 0
+        self.cursor = 0
 
     def take(self, count: int) -> list[tuple[int, int]] | None:
         """Take `count` slots as runs ``(first, count)``: one run where there is one, or None if too few are free."""
@@ -130,13 +133,13 @@ class Ring:
         for start, length in runs:
             self._used[start : start + length] = b"\x01" * length
         start, length = runs[-1]
-        self._cursor = start + length
+        self.cursor = start + length
         self.free -= count
         return runs
 
     def _find(self, count: int) -> int:
         """Where to take `count` side by side, or -1: at the cursor, at a run for a batch, or at the longest."""
-        used, cursor = self._used, self._cursor
+        used, cursor = self._used, self.cursor
         if used.startswith(bytes(count), cursor):
             return cursor
         wanted = bytes(max(count, self._batch))
@@ -150,8 +153,8 @@ class Ring:
 
     def _collect(self, count: int) -> list[tuple[int, int]]:
         """Runs that add up to `count`, going round once from the cursor."""
-        spans = [match.span() for match in _FREE_RUN.finditer(self._used, self._cursor)]
-        spans += [match.span() for match in _FREE_RUN.finditer(self._used, 0, self._cursor)]
+        spans = [match.span() for match in _FREE_RUN.finditer(self._used, self.cursor)]
+        spans += [match.span() for match in _FREE_RUN.finditer(self._used, 0, self.cursor)]
         runs = []
         for start, end in spans:
             length = min(count, end - start)
@@ -168,6 +171,13 @@ class Ring:
             raise IllegalTransition(f"slots {first} to {end} were not all taken")
         self._used[first:end] = bytes(count)
         self.free += count
+
+    def mark(self, first: int, states: bytes | bytearray) -> None:
+        """Take the slots from `first` whose state is not FREE, in a ring that is being restored."""
+        taken = bytes(state != State.FREE for state in states)
+        held = self._used[first : first + len(taken)]
+        self._used[first : first + len(taken)] = bytes(a | b for a, b in zip(taken, held, strict=True))
+        self.free -= sum(taken)
 
     def validate(self, taken: bytearray) -> None:
         """Check against `taken`, one byte a slot, 1 where somebody has it."""

@@ -13,6 +13,7 @@ event here, and they end when it does.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import select
@@ -30,13 +31,14 @@ import msgspec
 
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment
-from trtpool.ipc.errors import PoolClosed, StartFailed, TrtpoolError, of_exit_code
+from trtpool.ipc.errors import PoolClosed, ProtocolError, StartFailed, TrtpoolError, of_exit_code
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import RunDir
 from trtpool.ipc.settings import BrokerConfig, GpuInfo, PoolSettings, WorkerConfig
 
 from . import control as c
+from .journal import create_table, journal_bytes
 from .planning import child_environment, inspect, is_plan, lay_out, probe, requests, worker_count
 
 log = logging.getLogger("trtpool.supervisor")
@@ -47,6 +49,14 @@ BACK_OFF_S: Final = (0.1, 0.5, 2.0, 5.0, 15.0, 30.0)
 END_GRACE_S: Final = 10.0
 """How long children may take to end after the last message."""
 
+
+BROKER_TRIES: Final = 3
+"""How many brokers in a row may end before they are ready."""
+
+BEQUEATH_PAUSE_S: Final = 0.002
+
+RESERVE: Final = 16
+"""Descriptors that are not spent on keeping clients for another broker: what starting a worker or a broker takes."""
 
 HEAR_OUT_S: Final = 1.0
 """How long the broker may take to pass on what a worker said before it ended."""
@@ -90,6 +100,8 @@ class _Worker:
         self.start_at = 0.0
         self.killed = False
         self.ready_by = float("inf")
+        self.lifeline: socket.socket | None = None  # the broker's end, for the next broker
+        self.pidfd = -1
 
 
 class Supervisor:
@@ -115,7 +127,11 @@ class Supervisor:
             for index in range(worker_count(settings))
         ]
         self._next_worker = 1
-        self._hears_broker = True
+        self._clients: dict[int, tuple[int, list[int]]] = {}  # pid, lifeline and pidfd of each, for the next broker
+        self._reserve: list[int] = []
+        self._hears_broker = False
+        self._epoch = self._broker_tries = 0
+        self._draining = False
         self._broker_ready = self._drained = False
         self._serving = False
         self._stop_asked = 0
@@ -186,8 +202,29 @@ class Supervisor:
         layout = lay_out(settings, inspect(self._requests, self._interrupts, next(iter(settings.gpus), None)))
         arena_fd = create_segment(layout.segment_bytes, huge_pages=settings.huge_pages)
         self._stack.callback(os.close, arena_fd)
+        table_fd = create_table(journal_bytes(layout))
+        self._stack.callback(os.close, table_fd)
         listener = self._stack.enter_context(lifeline.listen(run_dir.path, shared=shared))
-        self._start_broker(layout, listener, arena_fd)
+        self._stack.callback(self._close_kept)
+        self._stack.callback(self._kill_children)  # before the control socket closes: no child shall see that
+        self._broker_config = BrokerConfig(
+            parent_pid=os.getpid(),
+            name=settings.name,
+            run_dir=settings.run_dir,
+            epoch=0,
+            layout=layout,
+            max_slots_per_producer=settings.max_slots_per_producer,
+            max_delay_us=settings.max_delay_us,
+            gpus=len(settings.gpus),
+            batch_timeout_s=settings.batch_timeout_s,
+            listener_fd=listener.fileno(),
+            control_fd=-1,
+            arena_fd=arena_fd,
+            allow_users=settings.allow_users,
+            table_fd=table_fd,
+        )
+        self._stack.callback(lifeline.close_all, self._reserve)
+        self._start_broker()
         self._wait_for(lambda: self._broker_ready)
         for worker in self._workers:
             self._start_worker(worker)
@@ -207,6 +244,18 @@ class Supervisor:
             self._settings = ensure_plans(settings, gpus, self._say, self._interrupts)
             self._requests = requests(self._settings)
         return gpus
+
+    @contextlib.contextmanager
+    def _room(self) -> Iterator[None]:
+        """Descriptors to start a child with, even if clients took all others."""
+        lifeline.close_all(self._reserve)
+        self._reserve.clear()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # those that there are none for now are got the next time
+                while len(self._reserve) < RESERVE:
+                    self._reserve.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
 
     def _spawn(self, module: str, config: msgspec.Struct, fds: list[int], worker: _Worker | None) -> int:
         """Start a child; returns a pidfd of it, which the epoll watches."""
@@ -228,36 +277,76 @@ class Supervisor:
             child.stdin.write(msgspec.json.encode(config))
         return pidfd
 
-    def _start_broker(self, layout: Layout, listener: socket.socket, arena_fd: int) -> None:
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._control = self._stack.enter_context(ours)
-        self._stack.callback(self._kill_children)  # before the control socket closes: no child shall see that
-        with theirs:
-            config = BrokerConfig(
-                parent_pid=os.getpid(),
-                name=self._settings.name,
-                run_dir=self._settings.run_dir,
-                epoch=1,
-                layout=layout,
-                max_slots_per_producer=self._settings.max_slots_per_producer,
-                max_delay_us=self._settings.max_delay_us,
-                gpus=len(self._settings.gpus),
-                batch_timeout_s=self._settings.batch_timeout_s,
-                listener_fd=listener.fileno(),
-                control_fd=theirs.fileno(),
-                arena_fd=arena_fd,
-                allow_users=self._settings.allow_users,
+    def _start_broker(self) -> None:
+        """Start the first broker, or one that takes over from it."""
+        self._epoch += 1
+        self._broker_ready, self._hears_broker = False, True
+        with self._room(), contextlib.ExitStack() as stack:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            stack.enter_context(theirs)
+            config = msgspec.structs.replace(
+                self._broker_config, epoch=self._epoch, control_fd=theirs.fileno(), takes_over=self._epoch > 1
             )
-            fds = [listener.fileno(), theirs.fileno(), arena_fd]
+            assert config.table_fd is not None
+            fds = [config.listener_fd, config.control_fd, config.arena_fd, config.table_fd]
             self._spawn("trtpool.broker", config, fds, None)
-        self._epoll.register(ours.fileno(), select.EPOLLIN)
+        self._epoll.register(self._control.fileno(), select.EPOLLIN)
+
+    def _broker_ended(self, returncode: int, how: str) -> None:
+        """Start another, which goes on where this one ended.
+
+        Raises:
+            TrtpoolError: the pool does not serve yet, or brokers end before they are ready.
+        """
+        while self._hears_broker:  # what it said last
+            self._read_control()
+        if self._drained:
+            return
+        if not self._serving:
+            raise of_exit_code(returncode)(f"the broker did not become ready: {how}; what it said is above")
+        self._broker_tries = 1 if self._broker_ready else self._broker_tries + 1
+        if self._broker_tries > BROKER_TRIES:
+            raise PoolClosed(
+                f"the broker ended: {how}, and so did {BROKER_TRIES} that were to take over; "
+                "all that was in flight is lost, start the pool again"
+            )
+        log.error("the broker ended: %s; another takes over", how)
+        self._control.close()
+        self._start_broker()
+        for worker in self._workers:  # first, so that there are descriptors for them
+            if worker.process is not None and worker.lifeline is not None:
+                fds = [worker.lifeline.fileno(), worker.pidfd]
+                self._bequeath(c.WorkerStarted(worker.number, worker.process.pid), fds)
+        for peer, (pid, fds) in self._clients.items():
+            self._bequeath(c.PeerKept(peer, pid), fds)
+        self._bequeath(c.TakeOver(), [])
+        if self._draining:
+            self._bequeath(c.DrainNow(), [])
+
+    def _bequeath(self, message: c.Control, fds: list[int]) -> None:
+        """Tell a broker that starts, and may not read yet; if it ends, its pidfd tells."""
+        while True:
+            try:
+                lifeline.send_packet(self._control, message, fds)
+            except ConnectionError:
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ETOOMANYREFS):
+                    raise
+                # Full, or more descriptors on their way than a user may have: until it takes some.
+                poller = select.poll()
+                poller.register(self._control, select.POLLOUT)
+                poller.poll()
+                time.sleep(BEQUEATH_PAUSE_S)
+            else:
+                return
 
     def _start_worker(self, worker: _Worker) -> None:
         worker.number, worker.ready, worker.said, worker.killed = self._next_worker, False, "", False
         worker.ready_by = time.monotonic() + (self._settings.start_timeout_s or float("inf"))
         self._next_worker += 1
-        brokers, workers = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with brokers, workers:
+        with self._room(), contextlib.ExitStack() as stack:
+            brokers, workers = map(stack.enter_context, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             cpus = max(1, len(os.sched_getaffinity(0)) // len(self._workers))
             config = WorkerConfig(
                 parent_pid=os.getpid(),
@@ -269,6 +358,7 @@ class Supervisor:
             )
             pidfd = self._spawn("trtpool.workers", config, [workers.fileno()], worker)
             child = worker.process = self._children[pidfd][0]
+            worker.lifeline, worker.pidfd = brokers.dup(), pidfd
             self._tell(c.WorkerStarted(worker.number, child.pid), [brokers.fileno(), pidfd])
 
     def _wait_for(self, ready: Callable[[], bool]) -> None:
@@ -335,18 +425,27 @@ class Supervisor:
         if not self._hears_broker:
             return
         try:
-            data, _ = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
+            data, fds = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except ProtocolError as error:
+            log.warning("a client could not be kept for the case that the broker ends: %s", error)
+            return
         except ConnectionError:
-            data = b""
+            data, fds = b"", []
         if not data:
             self._hears_broker = False
             self._epoll.unregister(self._control.fileno())  # the broker's end follows
             return
-        message = c.decode(data)
+        self._broker_said(c.decode(data), fds)
+
+    def _broker_said(self, message: c.Control, fds: list[int]) -> None:
         if isinstance(message, c.BrokerReady):
             self._broker_ready = True
+        elif isinstance(message, c.PeerAdmitted):
+            self._clients[message.peer] = (message.pid, fds)
+        elif isinstance(message, c.PeerForgotten):
+            lifeline.close_all(self._clients.pop(message.peer, (0, []))[1])
         elif isinstance(message, c.IsDrained):
             self._drained = True
         elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid, c.WorkerHangs)):
@@ -371,12 +470,11 @@ class Supervisor:
         returncode = child.wait()
         how = "SIGKILL from the pool" if worker is not None and worker.killed else describe_exit(returncode)
         if worker is None:
-            if not self._drained:
-                if not self._serving:
-                    raise of_exit_code(returncode)(f"the broker did not become ready: {how}; what it said is above")
-                raise PoolClosed(f"the broker ended: {how}; all that was in flight is lost, start the pool again")
+            self._broker_ended(returncode, how)
             return
         worker.process = None
+        if worker.lifeline is not None:
+            worker.lifeline.close()
         self._tell(c.WorkerGone(worker.number, how))
         if returncode > 0:  # neither well nor by a signal, so it may have said why
             self._hear_out(worker)
@@ -402,6 +500,7 @@ class Supervisor:
 
     def _drain(self) -> int:
         """Finish what is in flight, then end the children; a second signal, or the time-out, stops at once."""
+        self._draining = True
         self._tell(c.DrainNow())
         deadline = time.monotonic() + self._settings.drain_timeout_s
         while not self._drained:
@@ -415,6 +514,17 @@ class Supervisor:
         while self._children and self._stop_asked <= 1 and (left := deadline - time.monotonic()) > 0:
             self._step(left)
         return 0
+
+    def _close_kept(self) -> None:
+        """Close what was kept for another broker."""
+        for _, fds in self._clients.values():
+            lifeline.close_all(fds)
+        self._clients.clear()
+        for worker in self._workers:
+            if worker.lifeline is not None:
+                worker.lifeline.close()
+        if self._epoch:
+            self._control.close()
 
     def _kill_children(self) -> None:
         for pidfd, (child, _) in self._children.items():

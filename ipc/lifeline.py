@@ -38,6 +38,10 @@ PACKET_BYTES: Final = 160 * 1024
 CONNECT_TIMEOUT_S: Final = 10.0
 
 
+class Unwelcome(PoolNotFound):
+    """The broker ended before it had said anything; if the pool goes on, another takes over."""
+
+
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="description"):
     """All a peer needs to attach.
 
@@ -191,11 +195,13 @@ def receive_description(sock: socket.socket) -> tuple[Description, int]:
     sock.settimeout(CONNECT_TIMEOUT_S)
     try:
         data, fds = receive_packet(sock)
-    except (TimeoutError, ConnectionError) as error:
+    except ConnectionError as error:
+        raise Unwelcome("the pool ended while we connected; start it again with `trtpool start`") from error
+    except TimeoutError as error:
         raise PoolNotFound(f"the pool did not answer within {CONNECT_TIMEOUT_S:.0f} s; is it stopped?") from error
     try:
         if not data:
-            raise PoolNotFound("the pool ended while we connected; start it again with `trtpool start`")
+            raise Unwelcome("the pool ended while we connected; start it again with `trtpool start`")
         try:
             packet = _decoder.decode(data)
         except (msgspec.MsgspecError, UnicodeDecodeError, ModelError) as error:  # the last: a spec's own checks

@@ -28,7 +28,7 @@ import zmq
 from . import messages as m
 from .errors import PoolClosed, ProtocolError
 from .lifeline import CONNECT_TIMEOUT_S, Description
-from .pipe import FRAME_BYTES
+from .pipe import FRAME_BYTES, Hearing
 from .settings import PROTOCOL_VERSION
 
 # Plain integers: enum flags cost 2 us a use, on a path that has 10 us.
@@ -66,6 +66,7 @@ class Link:
 
     def __init__(self, lifeline: socket.socket, description: Description) -> None:
         self.ended = False
+        self._hearing = Hearing()
         self._lifeline = lifeline
         self._lifeline.setblocking(False)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -113,7 +114,7 @@ class Link:
             except OSError:
                 frame = b""
             if frame:
-                received += m.decode_from_broker(frame)
+                received += self._hearing.take(frame)
             else:
                 self._end()
         return received

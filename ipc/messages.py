@@ -21,6 +21,7 @@ bounds and list lengths, and refuses unknown fields.  Nothing is pickled, ever.
     Status / Report    producer       - / the pool's figures                      any
     Error              to any         code, reason that says what to do           any
     Bye                both           reason                                      last
+    Resume             to all         another broker: epoch, frames said so far   alone, any
 
 A producer names its work as ``(lease, first_in_lease, count, seq)`` and a worker as
 ``(batch, attempt)``; slot numbers from peers are never trusted, nor sent by them.
@@ -247,8 +248,19 @@ class Bye(_Message, frozen=True, tag=17):
     text: Text
 
 
+class Resume(_Message, frozen=True, tag=18):
+    """Another broker has taken over; nothing is lost.  Alone in its frame.
+
+    `said` counts the frames that this peer was certainly sent before.  Those after these come now, and the peer skips
+    as many of them as it has had: see `pipe.Hearing`.
+    """
+
+    epoch: U63
+    said: U63
+
+
 ToBroker: TypeAlias = Lease | Submit | Release | Cancel | Status | Hello | Ready | Finished | Failed | Bye
-FromBroker: TypeAlias = Done | Grant | Welcome | Recall | Run | Report | Error | Bye
+FromBroker: TypeAlias = Done | Grant | Welcome | Recall | Run | Report | Error | Bye | Resume
 Message: TypeAlias = ToBroker | FromBroker
 
 _encoder = msgspec.msgpack.Encoder()
@@ -264,7 +276,7 @@ encode = _encoder.encode
 """Encode a list of messages as one frame."""
 
 
-def decode_to_broker(frame: bytes) -> list[ToBroker]:
+def decode_to_broker(frame: bytes | memoryview) -> list[ToBroker]:
     """Decode a frame that a broker received; every byte of it may be hostile.
 
     Raises:

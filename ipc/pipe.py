@@ -18,6 +18,35 @@ FRAME_BYTES: Final = PACKET_BYTES
 """Most bytes of a frame, which is one packet."""
 
 
+class Hearing:
+    """Frames from the broker, each once.
+
+    A broker that takes over from one that died cannot know whether its last frames went out, and sends them again.  The
+    frames that a peer was sent are counted at both ends, so the peer knows which it has had.  They are never lost: what
+    was sent is in the socket, which outlives the broker.
+    """
+
+    def __init__(self) -> None:
+        self._heard = 0
+        self._again = 0
+
+    def take(self, frame: bytes) -> list[m.FromBroker]:
+        """The messages of a frame; none if it was heard before.
+
+        Raises:
+            ProtocolError: the broker sent something else than messages.
+        """
+        messages = m.decode_from_broker(frame)
+        if messages and type(messages[0]) is m.Resume:
+            self._again = max(0, self._heard - messages[0].said)
+            return []
+        if self._again:
+            self._again -= 1
+            return []
+        self._heard += 1
+        return messages
+
+
 class Pipe:
     """The worker's end.
 
@@ -27,6 +56,7 @@ class Pipe:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._hearing = Hearing()
         sock.setblocking(True)
 
     def send(self, messages: Sequence[m.ToBroker]) -> None:
@@ -38,16 +68,20 @@ class Pipe:
         self._sock.send(m.encode(messages), socket.MSG_NOSIGNAL)
 
     def receive(self) -> list[m.FromBroker]:
-        """Wait for the next frame; an empty list means that the broker has ended.
+        """Wait for the next frame; an empty list means that the pool has ended.
 
         Raises:
             ProtocolError: the broker sent something else than messages.
         """
-        try:
-            frame = self._sock.recv(FRAME_BYTES)
-        except ConnectionResetError:  # it closed with something of ours unread: told once, before what it sent last
-            frame = self._sock.recv(FRAME_BYTES)
-        return m.decode_from_broker(frame) if frame else []
+        while True:
+            try:
+                frame = self._sock.recv(FRAME_BYTES)
+            except ConnectionResetError:  # it closed with something of ours unread: told once, before what it sent last
+                frame = self._sock.recv(FRAME_BYTES)
+            if not frame:
+                return []
+            if messages := self._hearing.take(frame):
+                return messages
 
     def close(self) -> None:
         """Close the lifeline.  Again: nothing."""

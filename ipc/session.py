@@ -24,13 +24,16 @@ from .arena import Residence, map_segment
 from .errors import ForkedClient, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
 from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, Plane
+from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
-from .lifeline import receive_description
 from .link import LINGER_MS, TRANSPORTS
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
+
+CONNECT_TRIES: Final = 3
+"""How often to connect: a broker that ends loses who it has not welcomed yet, and another takes over."""
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -125,21 +128,13 @@ class Session:
     def __init__(self, run_dir: Path, transport: str) -> None:
         if transport not in TRANSPORTS:
             raise InvalidInput(f"there is no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
-        lifeline = connect_lifeline(run_dir)
-        try:
-            description, fd = receive_description(lifeline)
+        for again in reversed(range(CONNECT_TRIES)):
             try:
-                self.segment = map_segment(fd, description.layout.segment_bytes)
-            finally:
-                os.close(fd)
-        except BaseException:
-            lifeline.close()
-            raise
-        self.residence = Residence(self.segment)
-        self.pool = description.pool
-        self.layout: Layout = description.layout
-        self.gpus = description.gpus
-        self.link = TRANSPORTS[transport](lifeline, description)
+                self._connect(run_dir, transport)
+                break
+            except (Unwelcome, PoolClosed):
+                if not again:
+                    raise
         self.models = [
             ModelState({p.spec.name: p for p in model.inputs}, {p.spec.name: p for p in model.outputs}, cap)
             for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
@@ -170,6 +165,23 @@ class Session:
         with self._driver:
             for message in self.link.early:
                 self._handlers[type(message)](message)
+
+    def _connect(self, run_dir: Path, transport: str) -> None:
+        lifeline = connect_lifeline(run_dir)
+        try:
+            description, fd = receive_description(lifeline)
+            try:
+                self.segment = map_segment(fd, description.layout.segment_bytes)
+            finally:
+                os.close(fd)
+        except BaseException:
+            lifeline.close()
+            raise
+        self.residence = Residence(self.segment)
+        self.pool = description.pool
+        self.layout: Layout = description.layout
+        self.gpus = description.gpus
+        self.link = TRANSPORTS[transport](lifeline, description)
 
     def check_process(self) -> None:
         """Raise `ForkedClient` in a child of the process that connected."""

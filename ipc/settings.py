@@ -226,6 +226,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
     `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s` see `PoolSettings`.
+    `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With `takes_over` it goes
+    on from what another left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -241,3 +243,5 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arena_fd: int
     allow_users: tuple[Uid, ...] = ()
     batch_timeout_s: float = 0.0
+    table_fd: int | None = None
+    takes_over: bool = False

@@ -86,7 +86,7 @@ def soak(
     plan = pool_plan(seed)
     began = time.monotonic()
     target = Target(folder, plan, workers, models)
-    crew = Crew(target, producer_plans(seed), producers)
+    crew = Crew(target, producer_plans(seed, broker=broker), producers)
     saboteur = Saboteur(target, crew, faults(seed, pause_s, broker=broker))
     try:
         while time.monotonic() < began + 60 * minutes:
@@ -143,7 +143,7 @@ def show_plan(seed: int, pause_s: float, *, broker: bool) -> None:
     """Print how a soak of this seed begins."""
     print(pool_plan(seed))
     plans: Iterator[Fault] = faults(seed, pause_s, broker=broker)
-    for one in [*itertools.islice(producer_plans(seed), 10), *itertools.islice(plans, 20)]:
+    for one in [*itertools.islice(producer_plans(seed, broker=broker), 10), *itertools.islice(plans, 20)]:
         print(one)
 
 
@@ -156,7 +156,7 @@ def show_plan(seed: int, pause_s: float, *, broker: bool) -> None:
 @click.option(
     "--pause-s", type=click.FloatRange(0, min_open=True), default=0.7, show_default=True, help="Mean, between faults."
 )
-@click.option("--broker-faults", is_flag=True, help="Kill the broker too, of a pool that replaces it.")
+@click.option("--broker-faults", is_flag=True, help="Kill the broker too; no client uses ZeroMQ.")
 @click.option("--keep", type=click.Path(path_type=Path), help="A new folder for the logs [default: none is left].")
 @click.option("--show-plan", "only_plan", is_flag=True, help="Only print how it would begin.")
 def main(

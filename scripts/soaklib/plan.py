@@ -75,16 +75,15 @@ def pool_plan(seed: int) -> PoolPlan:
     return PoolPlan(items_per_slot, max_batch, rng.choice([64, 96, 128]), rng.choice([0, 0, 500]))
 
 
-def producer_plans(seed: int) -> Iterator[ProducerPlan]:
-    """The producers, without end."""
+def producer_plans(seed: int, *, broker: bool) -> Iterator[ProducerPlan]:
+    """The producers, without end; over ZeroMQ none outlives a broker, so none uses it where brokers are killed."""
     rng = _stream(seed, "producers")
+    transports = ["lifeline", "lifeline", "lifeline" if broker else "zmq"]
     number = 0
     while True:
         number += 1
         (role,) = rng.choices([*ROLES], [*ROLES.values()])
-        yield ProducerPlan(
-            number, role, rng.randrange(2**31), rng.randrange(5, 120), rng.choice(["lifeline", "lifeline", "zmq"])
-        )
+        yield ProducerPlan(number, role, rng.randrange(2**31), rng.randrange(5, 120), rng.choice(transports))
 
 
 def faults(seed: int, mean_pause_s: float, *, broker: bool) -> Iterator[Fault]:

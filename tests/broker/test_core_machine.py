@@ -67,8 +67,7 @@ def has_open_client(machine):
 class CoreMachine(RuleBasedStateMachine):
     @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]), gpus=st.sampled_from([0, 2, 3]))
     def start(self, delay_us, cap, gpus):
-        self.rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap, gpus=gpus)
-        self.rig.core.max_waiting = 3
+        self.rig = self.make_rig(delay_us, cap, gpus)
         self.gpus = gpus
         self.delay_us = delay_us
         self.models = self.rig.core.models
@@ -78,6 +77,11 @@ class CoreMachine(RuleBasedStateMachine):
         self.next_request = 1
         self.worker_joins(2, 0)
         self.producer_joins()
+
+    def make_rig(self, delay_us, cap, gpus):
+        rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap, gpus=gpus)
+        rig.core.max_waiting = 3
+        return rig
 
     # --- What the core says, checked and learned ---
 

@@ -23,8 +23,8 @@ from tests.system.rig import (
     family,
     figures,
     hold,
-    only_the_third_ends_workers,
     ones,
+    only_the_third_ends_workers,
     producer,
     submit,
     wait_all_free,
@@ -274,16 +274,16 @@ def test_a_supervisor_killed_under_load_leaves_nothing_and_its_producers_are_tol
 
 
 @contextlib.contextmanager
-def descriptors_left(pool: StartedPool, count: int) -> Iterator[None]:
-    """The broker may open so many beyond those that it has."""
-    limits = resource.prlimit(pool.broker, resource.RLIMIT_NOFILE)
-    used = {int(path.name) for path in Path(f"/proc/{pool.broker}/fd").iterdir()}
+def descriptors_left(pid: int, count: int) -> Iterator[None]:
+    """A process may open so many beyond those that it has."""
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
     unused = [number for number in range(len(used) + count + 1) if number not in used]
-    resource.prlimit(pool.broker, resource.RLIMIT_NOFILE, (unused[count], limits[1]))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (unused[count], limits[1]))
     try:
         yield
     finally:
-        resource.prlimit(pool.broker, resource.RLIMIT_NOFILE, limits)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
 
 def test_a_worker_is_replaced_though_clients_hold_all_descriptors(negate, run_dir, worker_does, tmp_path):
@@ -295,7 +295,7 @@ def test_a_worker_is_replaced_though_clients_hold_all_descriptors(negate, run_di
         StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8, env=env) as pool,
         pool.connect() as client,
     ):
-        with descriptors_left(pool, 0), pool.stopped_worker() as worker:
+        with descriptors_left(pool.broker, 0), pool.stopped_worker() as worker:
             work = hold(client, [1, 2])
             for _ in range(16):
                 stack.enter_context(contextlib.closing(lifeline.connect(run_dir)))
@@ -313,10 +313,19 @@ def test_a_worker_is_replaced_though_clients_hold_all_descriptors(negate, run_di
         assert pool.wait() == 0
 
 
+def test_a_worker_is_replaced_though_kept_clients_hold_all_descriptors_of_the_supervisor(pool, client):
+    with contextlib.ExitStack() as stack, descriptors_left(pool.pid, 0), pool.stopped_worker() as worker:
+        work = hold(client, [1, 2])
+        stack.enter_context(contextlib.closing(lifeline.connect(pool.run_dir)))
+        pool.wait_for_line("a client could not be kept", 2)
+        os.kill(worker, signal.SIGKILL)
+        assert [answer(one) for one in work] == [-1, -2]
+
+
 def test_a_client_that_no_descriptor_is_left_for_is_told_so(pool, client):
     """Its connection takes the last one; the broker needs one more to watch its process."""
     with (
-        descriptors_left(pool, 1),
+        descriptors_left(pool.broker, 1),
         pytest.raises(trtpool.AccessDenied, match=r"can take no more clients: .*raise its limit \(ulimit -n\)"),
     ):
         pool.connect()

@@ -18,8 +18,8 @@ from tests.system.rig import (
     family,
     figures,
     hold,
-    only_the_third_ends_workers,
     ones,
+    only_the_third_ends_workers,
     submit,
     wait_all_free,
     wait_until,
@@ -115,21 +115,6 @@ def test_without_its_supervisor_a_pool_ends_and_another_can_follow(negate, run_d
         with pool.connect() as client:
             assert client.infer(x=ones())["y"].tolist() == [-1] * 4
         pool.stop()
-    assert not run_dir.exists()
-
-
-def test_without_its_broker_a_pool_ends_with_one_line(negate, run_dir):
-    with StartedPool(negate, run_dir=run_dir, max_batch=1, slots=8) as pool, pool.connect() as client:
-        with pool.stopped_worker() as worker, watching([pool.broker, worker]) as wait:
-            work = hold(client, [1, 2, 3])
-            os.kill(pool.broker, signal.SIGKILL)
-            assert pool.wait() == 14
-            wait()
-        (line,) = pool.rest(2).splitlines()
-        assert line.startswith("trtpool: the broker ended: SIGKILL (killed from outside")
-        for one in work:
-            with pytest.raises(trtpool.PoolClosed):
-                one.result(timeout_s=60)
     assert not run_dir.exists()
 
 

@@ -1,0 +1,281 @@
+"""A core whose every event is written down before anything that follows from it is sent.
+
+::
+
+    frame received into the journal --> core --> turn ends --> TURN written --> frames sent --> SENT written
+                                                                      |
+    a broker that dies anywhere: the next handles the same events again, `recover`, makes the same frames, and sends
+    again those of a turn that has no SENT
+
+Frames to a peer are counted.  Who takes over says how many had certainly been sent (`messages.Resume`) and sends the
+others again, and the peer, which counts too, skips those that it has had (`pipe.Hearing`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+import msgspec
+
+from trtpool.ipc import messages as m
+from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.pipe import FRAME_BYTES
+
+from . import events as e
+from .core import Core
+from .journal import MAX_LOST_ZEROS, Journal, Kind
+from .snapshot import restore, save
+
+Told: TypeAlias = e.ProducerJoined | e.WorkerJoined | e.ProducerClosed | e.ProducerEnded | e.WorkerEnded | e.Drain
+"""Events that are written as they are; frames are written as they came, and turns have a record of their own."""
+
+_TOLD: Final[tuple[type[Told], ...]] = (
+    e.ProducerJoined,
+    e.WorkerJoined,
+    e.ProducerClosed,
+    e.ProducerEnded,
+    e.WorkerEnded,
+    e.Drain,
+)
+_NUMBERS: Final[dict[type[Any], int]] = {kind: number for number, kind in enumerate(_TOLD)}
+
+
+@dataclass
+class Mail:
+    """What was sent to one peer.
+
+    Attributes:
+        made: frames that were made for it.
+        unsent: the last of these, which wait, or which it has perhaps not been sent.
+        worker: the supervisor's number for it, if it is a worker.
+        zmq: its messages go over ZeroMQ.
+    """
+
+    made: int = 0
+    unsent: deque[bytes] = field(default_factory=deque)
+    worker: int | None = None
+    zmq: bool = False
+
+    @property
+    def said(self) -> int:
+        """How many frames it has certainly been sent."""
+        return self.made - len(self.unsent)
+
+
+class _SavedMail(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    made: int
+    unsent: list[bytes]
+    worker: int | None
+    zmq: bool
+
+
+class _Saved(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
+    next_peer: int
+    core: bytes
+    mail: dict[int, _SavedMail]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Saved).decode
+_decode_waiting = msgspec.msgpack.Decoder(dict[int, int]).decode
+
+
+class Ledger:
+    """See the module.
+
+    Args:
+        core: a new one.
+        journal: what is written down; `recover` if a broker wrote there before.
+
+    Attributes:
+        mail: of each peer that the core knows.
+        next_peer: a number that no peer has had.
+    """
+
+    def __init__(self, core: Core, journal: Journal) -> None:
+        self.core = core
+        self.journal = journal
+        self.mail: dict[int, Mail] = {}
+        self.next_peer = 1
+        self._actions: list[e.Action] = []
+        self._greetings: dict[int, bytes] = {}
+
+    # ------------------------------------------------------------------ what comes in
+
+    def join_worker(self, peer: int, pid: int, worker: int, now_ns: int) -> None:
+        """A worker joined; `worker` is the supervisor's number for it."""
+        self.journal.write(Kind.WORKER, peer, worker)
+        self.next_peer = max(self.next_peer, peer + 1)
+        self.mail[peer] = Mail(worker=worker)
+        self.decide(e.WorkerJoined(peer, pid), now_ns)
+
+    def join_over_zmq(self, peer: int, greeting: bytes, now_ns: int) -> None:
+        """A producer joined by a frame over ZeroMQ."""
+        self.journal.write(Kind.ZMQ, peer)
+        self.mail[peer] = Mail(zmq=True)
+        self.journal.write(Kind.FRAME, peer, now_ns, greeting)
+        self.join(peer, greeting, now_ns)
+
+    def join(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
+        """A producer joined by a frame, written already, that begins with a good Hello; what follows counts too."""
+        self.decide(e.ProducerJoined(peer), now_ns)
+        self._take(peer, m.decode_to_broker(greeting)[1:], now_ns)
+
+    def decide(self, event: Told, now_ns: int) -> None:
+        """The core is told something."""
+        self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
+        self._actions += self.core.handle(event, now_ns)
+
+    def take(self, peer: int, frame: bytes, now_ns: int) -> None:
+        """A frame of a peer came that is not written yet."""
+        self.journal.write(Kind.FRAME, peer, now_ns, frame)
+        self.receive(peer, frame, now_ns)
+
+    def receive(self, peer: int, frame: bytes | memoryview, now_ns: int) -> None:
+        """A frame of a peer came, and is written."""
+        try:
+            messages = m.decode_to_broker(frame)
+        except ProtocolError as error:
+            self.core.violations += 1
+            self._actions.append(e.Send(peer, m.Error(m.BAD_MESSAGE, str(error))))
+        else:
+            self._take(peer, messages, now_ns)
+
+    def _take(self, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None:
+        handle = self.core.handle
+        for message in messages:
+            self._actions += handle(e.Received(peer, message), now_ns)
+
+    # ------------------------------------------------------------------ what follows from it
+
+    def end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
+        """Put what the core decided into the mail; returns the peers that got some, and what else is to be done."""
+        self.journal.write(Kind.TURN, 0, now_ns)
+        return self._end_turn(now_ns)
+
+    def sent(self, slow: Iterable[int]) -> None:
+        """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some."""
+        waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail}
+        self.journal.write(Kind.SENT, 0, 0, _encode(waiting) if waiting else b"")
+
+    def compact(self) -> None:
+        """At the end of a turn: forget how it came to what is."""
+        saved = {peer: _SavedMail(one.made, list(one.unsent), one.worker, one.zmq) for peer, one in self.mail.items()}
+        self.journal.replace(_encode(_Saved(self.next_peer, save(self.core), saved)))
+
+    def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
+        actions = self._actions + self.core.handle(e.TurnEnded(), now_ns)
+        if not actions:
+            return [], []
+        self._actions = []
+        messages: dict[int, list[m.FromBroker]] = {}
+        rest: list[e.Action] = []
+        for action in actions:
+            if isinstance(action, e.Send):
+                messages.setdefault(action.peer, []).append(action.message)
+            else:
+                rest.append(action)
+        for peer, some in messages.items():
+            mail = self.mail.get(peer)
+            if mail is None:
+                mail = self.mail[peer] = Mail()
+            frames = _frames(some)
+            mail.made += len(frames)
+            mail.unsent += frames
+        return list(messages), rest
+
+    def forget(self, peer: int) -> None:
+        """Nothing of the peer is left."""
+        self.mail.pop(peer, None)
+
+    # ------------------------------------------------------------------ taking over
+
+    def recover(self, now_ns: int) -> list[e.Action]:
+        """Go on from where the journal ends, and end the turn.
+
+        Nothing is written until `compact`: who dies before it leaves the journal as it was.
+
+        Returns:
+            What else the last broker should have done, and perhaps has.
+
+        Raises:
+            msgspec.MsgspecError: the journal holds something else.
+        """
+        if len(self.journal.snapshot):
+            saved = _decode(self.journal.snapshot)
+            restore(self.core, saved.core)
+            self.next_peer = saved.next_peer
+            for peer, one in saved.mail.items():
+                self.mail[peer] = Mail(one.made, deque(one.unsent), one.worker, one.zmq)
+        rest: list[e.Action] = []
+        for record in self.journal.records():
+            if record.kind == Kind.TURN:
+                rest += self._end_turn(record.now_ns)[1]
+            elif record.kind == Kind.SENT:
+                self._settle(_decode_waiting(record.body) if record.body else {})
+                self._forget_all(rest)
+                rest = []
+            elif record.kind == Kind.FRAME:
+                self._again(record.peer, record.body if record.whole else _trim(record.body), record.now_ns or now_ns)
+            elif record.kind == Kind.EVENT:
+                self._retell(record.body, record.now_ns)
+            else:
+                worker = record.now_ns if record.kind == Kind.WORKER else None
+                self.mail[record.peer] = Mail(worker=worker, zmq=record.kind == Kind.ZMQ)
+                self.next_peer = max(self.next_peer, record.peer + 1)
+        now_ns = max(now_ns, self.core.now_ns)
+        self.core.excuse_workers(now_ns)
+        rest += self._end_turn(now_ns)[1]
+        self._forget_all(rest)
+        return rest
+
+    def _again(self, peer: int, frame: bytes, now_ns: int) -> None:
+        if peer in self.core.producers or peer in self.core.workers:
+            self.receive(peer, frame, now_ns)
+        else:
+            self._greetings[peer] = frame  # if its token was good, ProducerJoined follows
+
+    def _retell(self, body: bytes, now_ns: int) -> None:
+        number, *values = msgspec.msgpack.decode(body)
+        event = _TOLD[number](*values)
+        self._actions += self.core.handle(event, now_ns)
+        if isinstance(event, e.ProducerJoined):
+            greeting = self._greetings.pop(event.peer)
+            self._take(event.peer, m.decode_to_broker(greeting)[1:], now_ns)
+        if not isinstance(event, e.Drain):
+            self.next_peer = max(self.next_peer, event.peer + 1)
+
+    def _settle(self, waiting: dict[int, int]) -> None:
+        """All was sent but the last few frames of those that are slow."""
+        for peer, mail in self.mail.items():
+            for _ in range(len(mail.unsent) - waiting.get(peer, 0)):
+                mail.unsent.popleft()
+
+    def _forget_all(self, actions: list[e.Action]) -> None:
+        for action in actions:
+            if isinstance(action, e.Forget):
+                self.forget(action.peer)
+
+
+def _frames(messages: list[m.FromBroker]) -> list[bytes]:
+    """Messages in one frame, or in as many as it takes."""
+    frame = m.encode(messages)
+    if len(frame) <= FRAME_BYTES or len(messages) == 1:
+        return [frame]
+    middle = len(messages) // 2
+    return _frames(messages[:middle]) + _frames(messages[middle:])
+
+
+def _trim(torn: bytes) -> bytes:
+    """A frame whose length was lost, without the zeros after it: no message is the beginning of another."""
+    shortest = len(torn) - MAX_LOST_ZEROS
+    for end in range(shortest, len(torn) + 1):
+        try:
+            m.decode_to_broker(torn[:end])
+        except ProtocolError:
+            continue
+        return torn[:end]
+    return torn[:shortest]

@@ -1,0 +1,341 @@
+"""Brokers that die at any point, against one that never dies: each peer hears the same messages, each once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from tests.broker.core_rig import MS, layouts
+from trtpool.broker import events as e
+from trtpool.broker.core import Core
+from trtpool.broker.invariants import validate
+from trtpool.broker.journal import Journal, JournalFull, Kind
+from trtpool.broker.ledger import Ledger, Mail, _trim
+from trtpool.ipc import messages as m
+from trtpool.ipc.pipe import FRAME_BYTES, Hearing
+from trtpool.ipc.settings import TOKEN_BYTES
+
+LOG_BYTES = 2 * FRAME_BYTES
+JOURNAL_BYTES = 1 << 22
+HELLO = m.Hello(1, bytes(TOKEN_BYTES))
+BEFORE, TORN, AFTER = "before it is received", "before its length is written", "after it was taken in"
+
+
+def fresh(gpus: int = 0) -> Core:
+    return Core(layouts((12, 1, 4), (7, 3, 7)), gpus=gpus, started_ns=MS)
+
+
+def flat(actions: list[e.Action], heard: dict[int, list[m.FromBroker]]) -> None:
+    for action in actions:
+        if isinstance(action, e.Send):
+            heard.setdefault(action.peer, []).append(action.message)
+
+
+class Memory:
+    """Where journals live; each is one life of a broker."""
+
+    def __init__(self) -> None:
+        self.fd = os.memfd_create("journal", os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, JOURNAL_BYTES)
+
+    def journal(self) -> Journal:
+        return Journal(self.fd, JOURNAL_BYTES, log_bytes=LOG_BYTES, reserve_bytes=FRAME_BYTES + 8192)
+
+
+class DyingMachine(RuleBasedStateMachine):
+    """Sockets are lists: `to_broker` of frames that nobody has read, `inbox` of frames on their way to a peer."""
+
+    @initialize()
+    def start(self):
+        self.memory = Memory()
+        self.ledger = Ledger(fresh(), self.memory.journal())
+        self.immortal = fresh()
+        self.expected: dict[int, list[m.FromBroker]] = {}
+        self.heard: dict[int, list[m.FromBroker]] = {}
+        self.hearing: dict[int, Hearing] = {}
+        self.slow: set[int] = set()
+        self.now_ns = MS
+        self.next_peer = 1
+        self.producers: list[int] = []
+        self.workers: dict[int, list[m.Run]] = {}
+        self.leases: dict[int, list[tuple[int, int]]] = {}
+        self.request = 0
+        self.lives = 1
+        self.join_worker()
+        self.join_producer()
+
+    def teardown(self):
+        if hasattr(self, "memory"):
+            for peer in sorted(self.slow):
+                self.reads_slowly(peer, slow=False)
+            self.turn(None)
+            self.die()
+            self.turn(None)
+            self.agree()
+            self.ledger.journal.close()
+            os.close(self.memory.fd)
+
+    # --- A broker's life ---
+
+    def die(self):
+        """What is in this broker's own memory is gone; another takes over, perhaps dying itself once on the way."""
+        self.ledger.journal.close()
+        self.lives += 1
+        for _ in range(1 + self.lives % 2):
+            self.ledger = Ledger(fresh(), self.memory.journal())
+            self.ledger.recover(self.now_ns)
+        flat(self.immortal.handle(e.TurnEnded(), self.now_ns), self.expected)
+        validate(self.ledger.core)
+        self.ledger.compact()
+        for peer, mail in self.ledger.mail.items():
+            self.hearing[peer].take(m.encode([m.Resume(self.lives, mail.said)]))
+        for peer in self.ledger.mail:
+            self.send(peer)
+        self.ledger.sent(self.slow)
+
+    def send(self, peer, frames=None):
+        """Send what waits for a peer, or only so many frames."""
+        mail = self.ledger.mail.get(peer, Mail())
+        while mail.unsent and peer not in self.slow and frames != 0:
+            messages = self.hearing[peer].take(mail.unsent[0])
+            mail.unsent.popleft()
+            self.hear(peer, messages)
+            frames = None if frames is None else frames - 1
+
+    def hear(self, peer, messages):
+        self.heard.setdefault(peer, []).extend(messages)
+        for message in messages:
+            if isinstance(message, m.Grant):
+                self.leases[peer] += [(lease, run.count) for lease, run in message.leases]
+            elif isinstance(message, m.Run):
+                self.workers[peer].append(message)
+
+    def frame(self, peer, messages, dies=None):
+        """A peer sends a frame, and the broker may die at any point of taking it in."""
+        frame = m.encode(messages)
+        if dies == BEFORE:
+            self.ledger.journal.frame(peer)
+            self.die()
+        view = self.ledger.journal.frame(peer)
+        view[: len(frame)] = frame
+        self.tell_immortal(peer, messages)
+        if dies != TORN:
+            self.ledger.receive(peer, self.ledger.journal.commit(len(frame), self.now_ns), self.now_ns)
+        view.release()
+        if dies in (TORN, AFTER):
+            self.die()
+
+    def tell_immortal(self, peer, messages):
+        for message in messages:
+            flat(self.immortal.handle(e.Received(peer, message), self.now_ns), self.expected)
+
+    def event(self, event, dies):
+        flat(self.immortal.handle(event, self.now_ns), self.expected)
+        self.ledger.decide(event, self.now_ns)
+        if dies:
+            self.die()
+
+    def turn(self, dies):
+        """The turn ends; the broker may die before TURN is written (None: not at all), or after so many sends."""
+        if dies == 0:
+            self.die()
+            return
+        peers, rest = self.ledger.end_turn(self.now_ns)
+        flat(self.immortal.handle(e.TurnEnded(), self.now_ns), self.expected)
+        for number, peer in enumerate(peers):
+            if dies == number + 1:
+                self.die()
+                return
+            self.send(peer)
+        if dies is not None:
+            self.die()
+            return
+        for action in rest:
+            if isinstance(action, e.Forget):
+                self.ledger.forget(action.peer)
+        if peers or rest:
+            self.ledger.sent([peer for peer in self.slow if peer in self.ledger.mail])
+        if not self.ledger.journal.has_room:
+            self.ledger.compact()
+
+    # --- What happens ---
+
+    def join_producer(self):
+        peer, self.next_peer = self.next_peer, self.next_peer + 1
+        self.hearing[peer], self.leases[peer] = Hearing(), []
+        self.producers.append(peer)
+        greeting = m.encode([HELLO])
+        view = self.ledger.journal.frame(peer)
+        view[: len(greeting)] = greeting
+        view.release()
+        flat(self.immortal.handle(e.ProducerJoined(peer), self.now_ns), self.expected)
+        self.ledger.join(peer, self.ledger.journal.commit(len(greeting), self.now_ns), self.now_ns)
+
+    def join_worker(self):
+        peer, self.next_peer = self.next_peer, self.next_peer + 1
+        self.hearing[peer], self.workers[peer] = Hearing(), []
+        flat(self.immortal.handle(e.WorkerJoined(peer, 7), self.now_ns), self.expected)
+        self.ledger.join_worker(peer, 7, peer, self.now_ns)
+        self.frame(peer, [m.Ready("cpu", 1)])
+
+    moments = st.sampled_from([None, None, None, BEFORE, TORN, AFTER])
+
+    @precondition(lambda self: len(self.producers) < 4)
+    @rule(dies=st.booleans())
+    def another_producer(self, dies):
+        self.join_producer()
+        if dies:
+            self.die()
+
+    @rule(data=st.data(), count=st.integers(1, 9), model=st.integers(0, 2), wait=st.sampled_from([0, MS, None]),
+          dies=moments)  # fmt: skip
+    def asks(self, data, count, model, wait, dies):
+        self.request += 1
+        peer = data.draw(st.sampled_from(self.producers))
+        self.frame(peer, [m.Lease(self.request, model, count, wait)], dies)
+
+    @rule(data=st.data(), seq=st.integers(0, 3), again=st.integers(0, 2), deadline=st.sampled_from([None, None, MS]),
+          dies=moments)  # fmt: skip
+    def submits(self, data, seq, again, deadline, dies):
+        peer = data.draw(st.sampled_from(self.producers))
+        lease, count = data.draw(st.sampled_from(self.leases[peer] or [(5, 1)]))
+        items = count * data.draw(st.sampled_from([1, 3]))
+        submit = m.Submit(lease, 0, count, seq, items, deadline, again)
+        self.frame(peer, [submit] if data.draw(st.booleans()) else [submit, m.Cancel(lease, 0, 1)], dies)
+
+    @rule(data=st.data(), dies=moments)
+    def releases(self, data, dies):
+        peer = data.draw(st.sampled_from(self.producers))
+        lease, count = data.draw(st.sampled_from(self.leases[peer] or [(5, 1)]))
+        self.frame(peer, [m.Release(lease, 0, count)], dies)
+
+    @precondition(lambda self: any(self.workers.values()))
+    @rule(data=st.data(), fails=st.booleans(), dies=moments)
+    def answers(self, data, fails, dies):
+        peer = data.draw(st.sampled_from([peer for peer, runs in self.workers.items() if runs]))
+        run = self.workers[peer].pop(0)
+        answer = m.Failed(run.batch, run.attempt, "no") if fails else m.Finished(run.batch, run.attempt, 0, 0, 0, 0)
+        self.frame(peer, [answer], dies)
+
+    @precondition(lambda self: len(self.producers) > 1)
+    @rule(data=st.data(), dies=st.booleans())
+    def producer_closes(self, data, dies):
+        peer = data.draw(st.sampled_from(self.producers))
+        self.event(e.ProducerClosed(peer), dies)
+        self.producers.remove(peer)
+
+    @rule(data=st.data(), dies=st.booleans())
+    def worker_ends(self, data, dies):
+        peer = data.draw(st.sampled_from(sorted(self.workers)))
+        del self.workers[peer]
+        self.event(e.WorkerEnded(peer, "SIGKILL"), dies)
+        self.slow.discard(peer)
+        self.join_worker()
+
+    @rule(peer=st.integers(1, 9), slow=st.booleans())
+    def reads_slowly(self, peer, slow):
+        if peer in self.ledger.mail and slow:
+            self.slow.add(peer)
+        elif peer in self.slow:
+            self.slow.discard(peer)
+            self.send(peer)
+            self.ledger.sent(self.slow)
+
+    @rule(after_ns=st.sampled_from([0, 0, MS]), dies=st.sampled_from([None, None, None, 0, 1, 2, 3]))
+    def turn_ends(self, after_ns, dies):
+        self.now_ns += after_ns
+        self.turn(dies)
+
+    @rule()
+    def dies_in_its_sleep(self):
+        self.die()
+
+    def agree(self):
+        for peer in [*self.producers, *self.workers]:  # who left hears no more, or some of it
+            assert self.heard[peer] == self.expected[peer]
+
+
+TestDying = DyingMachine.TestCase
+TestDying.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    memory = Memory()
+    yield memory
+    os.close(memory.fd)
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [m.Submit(2**62, 0, 1, 0, 1)],
+        [m.Finished(256, 0, 0, 0, 0, 0)],
+        [m.Bye("\0" * 4096)],
+        [m.Lease(1, 0, 1, 0), m.Finished(2**62, 0, 0, 0, 0, 2**56)],
+    ],
+)
+def test_a_frame_without_its_length_is_whole(memory: Memory, messages: list[m.Message]) -> None:
+    frame = m.encode(messages)
+    before = memory.journal()
+    before.frame(4)[: len(frame)] = frame
+    (record,) = memory.journal().records()
+    assert (record.kind, record.peer, record.whole) == (Kind.FRAME, 4, False)
+    assert _trim(record.body) == frame
+
+
+def test_no_worker_hung_because_there_was_no_broker(memory: Memory) -> None:
+    def life() -> Ledger:
+        core = Core(layouts((12, 1, 4)), batch_timeout_s=0.1, started_ns=MS)
+        return Ledger(core, memory.journal())
+
+    ledger = life()
+    ledger.join_worker(9, 1, 9, MS)
+    ledger.take(9, m.encode([m.Ready("cpu", 1)]), MS)
+    ledger.end_turn(MS)
+    ledger.sent(())
+    ledger.join_over_zmq(1, m.encode([HELLO, m.Lease(1, 0, 1, 0)]), MS)
+    ledger.take(1, m.encode([m.Submit(1, 0, 1, 0, 1)]), MS)
+    assert 9 in ledger.end_turn(MS)[0], "the batch is sent"
+    heir = life()
+    assert heir.recover(102 * MS) == [], "it may have been finished, and said so to nobody"
+    heir.compact()
+    assert heir.end_turn(201 * MS) == ([], [])
+    _, [hung] = heir.end_turn(202 * MS)
+    assert isinstance(hung, e.Hung)
+    last = life()
+    assert last.recover(203 * MS) == [hung], "perhaps nobody was told"
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(memory: Memory) -> None:
+    journal = memory.journal()
+    journal.write(Kind.EVENT, 1, 2, b"it happened")
+    with pytest.raises(JournalFull, match="does not fit"):
+        journal.write(Kind.EVENT, 1, 3, bytes(LOG_BYTES))
+    with pytest.raises(JournalFull, match="does not fit"):
+        journal.replace(bytes(JOURNAL_BYTES))
+    (record,) = memory.journal().records()
+    assert record.body == b"it happened"
+
+
+def test_a_full_log_is_replaced_and_then_empty(memory: Memory) -> None:
+    ledger = Ledger(fresh(), memory.journal())
+    ledger.join_worker(9, 1, 9, MS)
+    turns = 0
+    while ledger.journal.has_room:
+        ledger.end_turn(MS)
+        ledger.sent(())
+        turns += 1
+    assert turns > 100
+    ledger.compact()
+    assert ledger.journal.has_room
+    heir = Ledger(fresh(), memory.journal())
+    assert list(heir.journal.records()) == []
+    assert heir.recover(MS) == []
+    assert heir.next_peer == ledger.next_peer
+    assert heir.mail == ledger.mail

@@ -1,0 +1,130 @@
+"""A core that is saved and restored again and again answers as one that was left alone."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import initialize, rule
+
+from tests.broker.core_rig import MS, Rig, everything, layouts
+from tests.broker.test_core_machine import CoreMachine
+from trtpool.broker import events as e
+from trtpool.broker.core import Core
+from trtpool.broker.invariants import validate
+from trtpool.broker.snapshot import restore, save
+from trtpool.ipc import messages as m
+
+SIZES = ((12, 1, 4), (7, 3, 7))
+TIMEOUT_S = 0.02  # so short that batches hang in these tests
+MAX_WAITING = 3
+
+
+def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0) -> Core:
+    core = Core(
+        layouts(*SIZES),
+        max_delay_us=delay_us,
+        max_slots_per_producer=cap,
+        batch_timeout_s=TIMEOUT_S,
+        gpus=gpus,
+        started_ns=MS,
+    )
+    core.max_waiting = MAX_WAITING
+    return core
+
+
+class TwinRig(Rig):
+    """A rig whose every event also goes to a second core, which is replaced by its own copy at times."""
+
+    def __init__(self, delay_us: int, cap: int, gpus: int) -> None:
+        super().__init__(*SIZES, max_delay_us=delay_us, cap=cap, gpus=gpus, batch_timeout_s=TIMEOUT_S)
+        self.core.max_waiting = MAX_WAITING
+        self.settings = (delay_us, cap, gpus)
+        self.twin = fresh(*self.settings)
+
+    def do(self, event: e.Event) -> list[e.Action]:
+        actions = super().do(event)
+        assert self.twin.handle(event, self.now_ns) == actions
+        return actions
+
+    def die(self) -> None:
+        saved = save(self.twin)
+        self.twin = fresh(*self.settings)
+        restore(self.twin, saved)
+        validate(self.twin)
+        assert save(self.twin) == saved
+
+
+class TwinMachine(CoreMachine):
+    @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]), gpus=st.sampled_from([0, 2, 3]))
+    def start(self, delay_us, cap, gpus):
+        super().start(delay_us, cap, gpus)
+
+    def make_rig(self, delay_us, cap, gpus):
+        return TwinRig(delay_us, cap, gpus)
+
+    @rule()
+    def the_twin_dies(self):
+        self.rig.die()
+
+
+TestTwins = TwinMachine.TestCase
+TestTwins.settings = settings(max_examples=150, stateful_step_count=100, deadline=None)
+
+
+def test_a_restored_core_goes_on_with_what_waited() -> None:
+    rig = TwinRig(0, 0, 0)
+    rig.join(1, 2)
+    rig.submit(1, 5, deadline_ns=5 * MS)
+    rig.say(2, m.Lease(9, 0, 8, 2 * MS))  # more than is free now
+    rig.say(2, m.Lease(10, 0, 8, 7 * MS))
+    rig.turn()
+    rig.die()
+    assert rig.twin.next_timer_ns() == rig.core.next_timer_ns()
+    late = [action.message for action in rig.turn(20 * MS) if isinstance(action, e.Send)]
+    assert {type(message) for message in late} == {m.Error, m.Done}
+    assert everything(rig.core) == everything(rig.twin)
+
+
+def test_a_worker_is_still_watched_after_its_oldest_batch_was_sent_long_ago() -> None:
+    rig = TwinRig(0, 0, 0)
+    rig.join(1)
+    rig.worker()
+    rig.submit(1)
+    rig.turn()
+    rig.turn(10 * MS)
+    rig.die()
+    rig.turn(5 * MS)
+    (hung,) = [action for action in rig.turn(10 * MS) if isinstance(action, e.Hung)]
+    rig.die()
+    assert rig.twin.workers[hung.peer].said == hung.text
+    assert not [action for action in rig.turn(100 * MS) if isinstance(action, e.Hung)], "it is killed once"
+
+
+def test_requests_that_wait_are_still_counted() -> None:
+    rig = TwinRig(0, 0, 0)
+    rig.join(1)
+    for request in range(1, 2 + MAX_WAITING):  # the first is granted
+        rig.say(1, m.Lease(request, 0, 6, None))
+    rig.turn()
+    for request in range(10, 12):
+        rig.say(1, m.Lease(request, 0, 6, None))
+        rig.die()
+    assert rig.twin.producers[1].waiting == MAX_WAITING
+
+
+def test_ids_are_not_used_again() -> None:
+    rig = TwinRig(0, 0, 0)
+    rig.join(1)
+    rig.worker()
+    before = rig.submit(1)
+    rig.turn()
+    rig.die()
+    after = rig.lease(1)
+    assert after > before
+
+
+def test_bytes_that_are_no_snapshot_are_refused() -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        restore(fresh(), b"\x93\x01\x02\x03")
