@@ -303,7 +303,8 @@ class StartedPool(Process):
 
     @property
     def broker(self) -> int:
-        (pid,) = self.pids("trtpool.broker")
+        """Its broker, by pid; the next one, if one has just ended."""
+        (pid,) = wait_until(lambda: self.pids("trtpool.broker"), "there is a broker")
         return pid
 
     @property
