@@ -127,6 +127,8 @@ class Core:
         self._drained = False
         self.suspects = 0  # groups of work that must run alone, waiting or running
         self.violations = 0
+        self._events = 0
+        self._report, self._reported_at = b"", -1
         self.max_waiting = MAX_WAITING_REQUESTS
         self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
             ProducerJoined: self._producer_joined,
@@ -158,6 +160,7 @@ class Core:
     def handle(self, event: Event, now_ns: int) -> list[Action]:
         """Take one event; returns what to do, in order.  Work goes out on `TurnEnded`."""
         self.now_ns = now_ns
+        self._events += 1
         self._event_handlers[type(event)](event)
         actions, self._actions = self._actions, []
         return actions
@@ -801,4 +804,7 @@ class Core:
     # ------------------------------------------------------------------ figures
 
     def _status(self, producer: Producer, message: m.Status) -> None:
-        self._send(producer.peer, m.Report(message.request, msgspec.json.encode(report(self))))
+        if self._events != self._reported_at + 1:  # thousands in one frame must not take seconds
+            self._report = msgspec.json.encode(report(self))
+        self._reported_at = self._events
+        self._send(producer.peer, m.Report(message.request, self._report))

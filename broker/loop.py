@@ -53,8 +53,15 @@ MAX_FRAMES_A_TURN: Final = 256
 MAX_FRAMES_OF_A_PEER: Final = 64
 """Frames that are read over ZeroMQ, and over one lifeline, before others have their turn."""
 
+MAX_BYTES_OF_A_PEER: Final = 32 * 1024
+"""Bytes after which no more frames are read over one lifeline in this turn: a frame may hold thousands of messages."""
+
 MAX_OUTBOX_FRAMES: Final = 1024
 """Frames kept for a peer that reads too slowly; one more ends its connection."""
+
+MAX_UNSENT_BYTES: Final = 32 << 20
+"""Bytes kept for all peers that read too slowly; more end the connection of the one that has most.  The journal must
+have room for them."""
 
 MAX_DENIED_LOGGED: Final = 100
 """Users whose first refusal is logged."""
@@ -334,8 +341,9 @@ class Loop:
 
     def _read_lifeline(self, peer: _Peer) -> None:
         """Take what a peer has sent over its lifeline; at the end of file, wait for the end of its process."""
+        bytes_read = 0
         for _ in range(MAX_FRAMES_OF_A_PEER):
-            if peer.sock.fileno() < 0 or not self._journal.has_room:
+            if peer.sock.fileno() < 0 or not self._journal.has_room or bytes_read >= MAX_BYTES_OF_A_PEER:
                 return
             try:
                 length = peer.sock.recv_into(self._journal.frame(peer.number))
@@ -348,6 +356,7 @@ class Loop:
             if not length:
                 self._cut_off(peer)
                 return
+            bytes_read += length
             now = time.monotonic_ns()
             frame = self._journal.commit(length, now)
             if not peer.direct:
@@ -561,6 +570,8 @@ class Loop:
             if reader is not None:
                 reader.mail = self._ledger.mail[number]
                 self._send_mail(reader)
+        if self._slow:
+            self._bound_outboxes()
         for number in forgotten:
             self._ledger.forget(number)
             gone = self._peers.get(number)
@@ -606,8 +617,21 @@ class Loop:
             return
         self._slow.add(peer)
         if len(unsent) > MAX_OUTBOX_FRAMES:
-            log.warning("peer %d (process %d) reads too slowly, and is cut off", peer.number, peer.pid)
-            self._cut_off(peer)
+            self._cut_off_slow(peer)
+
+    def _bound_outboxes(self) -> None:
+        """Keep what waits for slow readers below `MAX_UNSENT_BYTES`."""
+        sizes = {peer: sum(map(len, peer.mail.unsent)) for peer in self._slow}
+        total = sum(sizes.values())
+        for peer, size in sorted(sizes.items(), key=lambda item: -item[1]):
+            if total <= MAX_UNSENT_BYTES:
+                return
+            self._cut_off_slow(peer)
+            total -= size
+
+    def _cut_off_slow(self, peer: _Peer) -> None:
+        log.warning("peer %d (process %d) reads too slowly, and is cut off", peer.number, peer.pid)
+        self._cut_off(peer)
 
     def _try_send(self, peer: _Peer, frame: bytes) -> bool:
         """Send a frame if it can be sent now.  To one that is gone it counts as sent: its end is on its way to us."""

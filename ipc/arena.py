@@ -14,7 +14,6 @@ See memfd_create(2), fcntl(2) "File Sealing", posix_fallocate(3), Documentation/
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import logging
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from .errors import ArenaTooLarge, ProtocolError
+from .memory import Room, room
 
 log = logging.getLogger("trtpool.arena")
 
@@ -46,21 +46,6 @@ def format_bytes(count: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
-
-
-def available_bytes() -> int:
-    """Memory that can still be allocated here: the machine's, or less if a cgroup (v2 or v1) says so."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        meminfo = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line for line in meminfo if line.startswith("MemAvailable")).split()[1])
-    for limit, usage in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # "max" is a ValueError: no limit
-            free = min(free, max(0, int(Path(limit).read_text()) - int(Path(usage).read_text())))
-    return free
 
 
 def free_huge_pages() -> int:
@@ -90,7 +75,10 @@ def create_segment(size: int, *, huge_pages: bool = False, limit_bytes: int | No
         fd = _create_huge(size, limit_bytes)
         if fd is not None:
             return fd
-    _check_limit(size, available_bytes() * 9 // 10 if limit_bytes is None else limit_bytes)
+    if limit_bytes is None:
+        _check_room(size, room())
+    else:
+        _check_limit(size, limit_bytes)
     try:
         return _allocate(size)
     except OSError as error:
@@ -124,6 +112,15 @@ def _create_huge(size: int, limit_bytes: int | None) -> int | None:
         needed, free, why, enough,
     )  # fmt: skip
     return None
+
+
+def _check_room(size: int, left: Room) -> None:
+    """Refuse what takes nearly all: the pool's processes need some too, and of those the kernel would kill one."""
+    if size > left.size * 9 // 10:
+        raise ArenaTooLarge(
+            f"the arena needs {format_bytes(size)}, more than nine tenths of the {format_bytes(left.size)} that are "
+            f"left in {left.where}; lower --slots, --items-per-slot or --max-batch, or {left.remedy}"
+        )
 
 
 def _check_limit(size: int, limit: int) -> None:

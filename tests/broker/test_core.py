@@ -1119,3 +1119,18 @@ def test_requests_that_are_over_are_not_kept_behind_one_that_waits_for_ever():
         assert (error.code, error.request) == (m.BUSY, number)
         assert len(rig.core.models[0].waiting) <= 2
     assert rig.core.producers[3].waiting == 0
+
+
+def test_reports_in_one_turn_say_what_was_done_between_them() -> None:
+    """Those that follow each other are made once; one after a change is made anew."""
+    rig = Rig((8, 1, 4))
+    rig.join(1)
+    lease = rig.lease(1, 2)
+    said = rig.say(1, m.Status(1), m.Status(2), m.Release(lease, 0, 2), m.Status(4), m.Status(5))
+    reports = sent(said, m.Report)
+    assert [report.request for report in reports] == [1, 2, 4, 5]
+    free = [msgspec.json.decode(report.body, type=PoolReport).models[0].free for report in reports]
+    assert free == [6, 6, 8, 8]
+    rig.turn(1_000_000)
+    (later,) = sent(rig.say(1, m.Status(6)), m.Report)
+    assert msgspec.json.decode(later.body, type=PoolReport).uptime_s > 0

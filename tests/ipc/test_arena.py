@@ -22,7 +22,6 @@ from trtpool.ipc.arena import (
     HUGE_PAGE_BYTES,
     SEALS,
     Residence,
-    available_bytes,
     check_segment,
     create_segment,
     format_bytes,
@@ -31,6 +30,7 @@ from trtpool.ipc.arena import (
 )
 from trtpool.ipc.errors import ArenaTooLarge, ProtocolError
 from trtpool.ipc.layout import PAGE_BYTES, ModelPlan, plan, plane_array
+from trtpool.ipc.memory import Room
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 SIZE = 16 * 4096
@@ -120,19 +120,20 @@ def test_other_failures_pass_through_and_leave_nothing(monkeypatch, error):
     assert descriptors() == before
 
 
-def test_what_is_available_is_no_more_than_the_machine_has():
-    assert 0 < available_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def test_a_cgroups_limit_counts(monkeypatch):
-    real = Path.read_text
-    files = {"/sys/fs/cgroup/memory.max": "5000000\n", "/sys/fs/cgroup/memory.current": "3000000\n"}
-    monkeypatch.setattr(Path, "read_text", lambda self, *a, **k: files.get(str(self)) or real(self, *a, **k))
-    assert available_bytes() == 2_000_000
-    files["/sys/fs/cgroup/memory.current"] = "6000000\n"
-    assert available_bytes() == 0
-    files["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert available_bytes() > 6_000_000
+@pytest.mark.parametrize(("size", "left", "fits"), [(900, 1000, True), (901, 1000, False), (1, 0, False)])
+def test_a_tenth_of_what_is_left_is_left_to_others(monkeypatch, size, left, fits):
+    pages = size * 4096
+    monkeypatch.setattr(arena, "room", lambda: Room(left * 4096, "the cgroup of /x/memory.max", "raise that limit"))
+    if fits:
+        os.close(create_segment(pages))
+        return
+    before = descriptors()
+    with pytest.raises(ArenaTooLarge) as raised:
+        create_segment(pages)
+    text = str(raised.value)
+    assert f"{format_bytes(left * 4096)} that are left in the cgroup of /x/memory.max; lower --slots" in text
+    assert text.endswith("or raise that limit")
+    assert descriptors() == before
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 import trtpool
 from tests.models import PICKY, save
-from tests.system.rig import NEGATE, SLOW, StartedPool, family, wait_all_free, watching
+from tests.system.rig import NEGATE, SLOW, StartedPool, family, watching
 from tests.workers import fake_bindings as fake
 
 SLOTS = 32
@@ -43,8 +43,7 @@ def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPoo
 def pool(shared_pool: StartedPool) -> Iterator[StartedPool]:
     """The shared pool; a test must leave all of its slots free."""
     yield shared_pool
-    with shared_pool.connect() as client:
-        wait_all_free(client)
+    shared_pool.check_at_rest()
 
 
 @pytest.fixture

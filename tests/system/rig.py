@@ -8,6 +8,7 @@ and all others stay QUEUED.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -87,6 +88,50 @@ def watching(pids: Iterable[int]) -> Iterator[Callable[[], None]]:
                 assert wait_ended(pidfd, PATIENCE_S), f"process {pid} lives on"
 
         yield wait
+
+
+# --- What must not be left -----------------------------------------------------------------------
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open, such as "socket", "memfd" or a path; sorted."""
+    found = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(str(link.readlink()).partition(":[")[0])
+    return sorted(found)
+
+
+def memfds(pid: int) -> dict[int, Path]:
+    """The memfds that a process has open, by inode: where to open or stat them."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if str(link.readlink()).startswith("/memfd:"):
+                found[link.stat().st_ino] = link
+    return found
+
+
+def holders(inodes: Collection[int]) -> list[int]:
+    """Processes that map one of these memfds, or have it open."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it ended, or is another user's
+            maps = (folder / "maps").read_text().splitlines()
+            mapped = {int(line.split()[4]) for line in maps if " /memfd:" in line}
+            if not mapped.union(memfds(int(folder.name))).isdisjoint(inodes):
+                found.append(int(folder.name))
+    return found
+
+
+def lock_is_free(run_dir: Path) -> bool:
+    """Whether a run directory belongs to nobody: its lock is there and is not held."""
+    with (run_dir / "lock").open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 class Process:
@@ -168,26 +213,86 @@ class Process:
 
 
 class StartedPool(Process):
-    """`trtpool start`, ready.
+    """`trtpool start`, ready; nothing of it may be left after the ``with``, however it ended.
+
+    Args:
+        models, run_dir, options: as on the command line.
+        env: added to the environment.
+        through: a command that runs it.
 
     Attributes:
         run_dir: where it is.
         announced: what it printed.
+        memfds: inodes of its arena and its table.
     """
 
     def __init__(
-        self, *models: str | os.PathLike[str], run_dir: Path, env: Mapping[str, str] | None = None, **options: Any
+        self,
+        *models: str | os.PathLike[str],
+        run_dir: Path,
+        env: Mapping[str, str] | None = None,
+        through: Iterable[str] = (),
+        **options: Any,
     ):
         self.run_dir = run_dir
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-        super().__init__(*CLI, "start", *models, f"--run-dir={run_dir}", *flags, env=env)
+        super().__init__(*through, *CLI, "start", *models, f"--run-dir={run_dir}", *flags, env=env)
         self.announced = ""
         try:
             while "ready:" not in self.announced:
                 self.announced += self.line() + "\n"
+            self.memfds = set(memfds(self.pid))
+            assert len(self.memfds) == 2, "the arena and the table"
+            self._workers = len(self.pids("trtpool.workers"))
+            self._at_rest = self._holdings()
         except BaseException:
-            self.__exit__(None, None, None)
+            super().__exit__(None, None, None)
             raise
+
+    def _holdings(self) -> dict[str, list[str]]:
+        """Descriptors of supervisor and broker, which are the same whenever the same peers are there."""
+        return {"supervisor": descriptors(self.pid), "broker": descriptors(self.broker)}
+
+    def check_at_rest(self) -> None:
+        """Assert that of all its clients, which have left, nothing is left: no slot, request, descriptor or mapping.
+
+        It is waited for: the end of a process is noticed in the next turn, and another worker takes its time.
+        """
+        wait_until(lambda: not self._left(), "it is at rest", self._left)
+
+    def _left(self) -> list[str]:
+        """What would not be there if nobody had used it."""
+        with self.connect() as client:
+            now = client.status()
+        left = [str(model) for model in now.models if model.free != model.slots or model.waiting]
+        if (len(now.workers), now.producers) != (self._workers, 1):
+            left.append(f"{len(now.workers)} workers, {now.producers} producers")
+        if (holdings := self._holdings()) != self._at_rest:
+            left.append(f"descriptors: {holdings}, at rest {self._at_rest}")
+        own = {self.pid, *(process.pid for process in family(self.pid))}
+        if held := own.symmetric_difference(set(holders(self.memfds)) - {os.getpid()}):
+            left.append(f"they hold its memory, or are to hold it and do not: {held}")
+        return left
+
+    def check_nothing_left(self) -> None:
+        """Assert that of the pool, which has ended, nothing is left but a run directory whose lock is free.
+
+        This process may still map the arena: what a test keeps of it is looked for by the fixture `nothing_left`.
+        """
+        wait_until(
+            lambda: not set(holders(self.memfds)) - {os.getpid()},
+            "all memory is given back",
+            lambda: [psutil.Process(pid) for pid in holders(self.memfds)],
+        )
+        wait_until(lambda: str(self.run_dir) not in Path("/proc/net/unix").read_text(), "no socket is left")
+        assert not self.run_dir.exists() or lock_is_free(self.run_dir)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None:
+            self.check_nothing_left()
 
     def connect(self, transport: str = "lifeline") -> trtpool.Client:
         return trtpool.connect(run_dir=self.run_dir, transport=transport)
@@ -198,7 +303,8 @@ class StartedPool(Process):
 
     @property
     def broker(self) -> int:
-        (pid,) = self.pids("trtpool.broker")
+        """Its broker, by pid; the next one, if one has just ended."""
+        (pid,) = wait_until(lambda: self.pids("trtpool.broker"), "there is a broker")
         return pid
 
     @property

@@ -9,7 +9,7 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -195,7 +195,7 @@ def test_a_worker_that_is_killed_while_it_loads_fails_the_start(negate, run_dir,
 
 
 def test_a_pool_on_gpus_has_workers_that_see_one_each(plan, run_dir, on_gpus):
-    options = {"gpus": "3,0", "workers_per_gpu": 2, "lanes": 1}
+    options: dict[str, Any] = {"gpus": "3,0", "workers_per_gpu": 2, "lanes": 1}
     with StartedPool(plan, run_dir=run_dir, env=on_gpus(), **options) as pool:
         assert pool.announced.splitlines() == [
             # (1 lane + 1) batches for each of 4 workers and 2 for producers
