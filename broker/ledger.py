@@ -30,7 +30,7 @@ from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Post
 
 from . import events as e
 from .core import Core
-from .journal import MAX_LOST_ZEROS, Journal, Kind
+from .journal import MAX_LOST_ZEROS, REQUEST_BYTES, Journal, Kind
 from .snapshot import restore, save
 
 Told: TypeAlias = e.ProducerJoined | e.WorkerJoined | e.ProducerClosed | e.ProducerEnded | e.WorkerEnded | e.Drain
@@ -136,6 +136,7 @@ class Ledger:
         self.next_peer = 1
         self._actions: list[e.Action] = []
         self._greetings: dict[int, bytes] = {}
+        self._writing = True
         self._owed: set[int] = set()  # peers over ZeroMQ that must be told what was heard of them
 
     # ------------------------------------------------------------------ what comes in
@@ -176,7 +177,8 @@ class Ledger:
 
     def decide(self, event: Told, now_ns: int) -> None:
         """The core is told something."""
-        self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
+        if self._writing:
+            self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
         self._actions += self.core.handle(event, now_ns)
 
     def take(self, peer: int, frame: bytes, now_ns: int) -> None:
@@ -221,18 +223,32 @@ class Ledger:
 
     def end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         """Put what the core decided into the mail; returns the peers that got some, and what else is to be done."""
-        self.journal.write(Kind.TURN, 0, now_ns)
+        if self._writing:
+            self.journal.write(Kind.TURN, 0, now_ns)
         return self._end_turn(now_ns)
 
     def sent(self, slow: Iterable[int]) -> None:
         """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some."""
+        if not self._writing:
+            return
         waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail}
         self.journal.write(Kind.SENT, 0, 0, _encode(waiting) if waiting else b"")
 
     def compact(self) -> None:
-        """At the end of a turn: forget how it came to what is."""
+        """At the end of a turn: forget how it came to what is.
+
+        Raises:
+            JournalFull: that is too much, and nothing changed; see `weight`.
+        """
         saved = {peer: _save_mail(one) for peer, one in self.mail.items()}
         self.journal.replace(_encode(_Saved(self.next_peer, save(self.core), saved)))
+        self._writing = True
+
+    def weight(self, peer: int) -> int:
+        """About how many bytes less there would be to write if a producer was cut off."""
+        mail, producer = self.mail.get(peer, Mail()), self.core.producers.get(peer)
+        kept = mail.unsent if mail.post is None else mail.post.unheard
+        return sum(map(len, kept)) + (0 if producer is None else REQUEST_BYTES * producer.waiting)
 
     def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         actions = self._actions + self.core.handle(e.TurnEnded(), now_ns)
@@ -274,6 +290,7 @@ class Ledger:
         Raises:
             msgspec.MsgspecError: the journal holds something else.
         """
+        self._writing = False
         if len(self.journal.snapshot):
             saved = _decode(self.journal.snapshot)
             restore(self.core, saved.core)

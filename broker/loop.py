@@ -17,7 +17,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -37,7 +37,7 @@ from . import events as e
 from .core import Core
 from .doorman import Doorman
 from .inheritance import Inheritance, Kept, inherit
-from .journal import Journal, journal_bytes
+from .journal import Journal, JournalFull, journal_bytes
 from .ledger import Ledger, Mail, Told
 
 log = logging.getLogger("trtpool.broker")
@@ -197,7 +197,7 @@ class Loop:
                 self._forget_kept(number)
                 ledger.forget(number)
         self._see_to(rest)
-        ledger.compact()
+        self._compact(lambda: self._forget_all(self._see_to(ledger.end_turn(now)[1])))
         for peer in list(self._peers.values()):
             if peer.sock.fileno() >= 0:
                 peer.resume = m.encode([self._resume(peer)])
@@ -634,7 +634,45 @@ class Loop:
         self._ledger.decide(event, time.monotonic_ns())
 
     def _end_turn(self) -> None:
-        """Carry out what the core decided in this turn, one frame a peer."""
+        """Carry out what the core decided in this turn, and see that there is room to write down the next."""
+        self._carry_out()
+        if not self._journal.has_room:
+            self._compact(self._carry_out)
+
+    def _compact(self, carry_out: Callable[[], None]) -> None:
+        """Write down what is in place of how it came to that, at the end of a turn; `carry_out` ends one more."""
+        while True:
+            try:
+                self._ledger.compact()
+            except JournalFull as full:
+                self._shed(full)
+                carry_out()
+            else:
+                return
+
+    def _shed(self, full: JournalFull) -> None:
+        """Cut off those clients that most of what does not fit is kept for: frames that wait, and requests.
+
+        Raises:
+            JournalFull: it is kept for nobody.
+        """
+        weights = {
+            peer: self._ledger.weight(peer.number)
+            for peer in self._peers.values()
+            if peer.worker is None and peer.sock.fileno() >= 0
+        }
+        total = too_much = sum(weights.values())
+        if not total:
+            raise full
+        for peer in sorted(weights, key=weights.__getitem__, reverse=True):
+            log.warning("peer %d (process %d) lets too much wait for it, and is cut off", peer.number, peer.pid)
+            self._cut_off(peer)
+            too_much -= weights[peer]
+            if 4 * too_much <= 3 * total:
+                return
+
+    def _carry_out(self) -> None:
+        """Do what the core decided; one frame a peer."""
         had_slow = bool(self._slow)
         for peer in list(self._slow):
             self._send_mail(peer)
@@ -645,15 +683,16 @@ class Loop:
             if reader is not None:
                 reader.mail = self._ledger.mail[number]
                 self._send_mail(reader)
-        for number in forgotten:
+        self._forget_all(forgotten)
+        if peers or rest or had_slow:
+            self._ledger.sent(peer.number for peer in self._slow)
+
+    def _forget_all(self, numbers: list[int]) -> None:
+        for number in numbers:
             self._ledger.forget(number)
             gone = self._peers.get(number)
             if gone is not None and gone.worker is None:
                 self._forget(gone)
-        if peers or rest or had_slow:
-            self._ledger.sent(peer.number for peer in self._slow)
-        if not self._journal.has_room:
-            self._ledger.compact()
 
     def _see_to(self, actions: list[e.Action]) -> list[int]:
         """Do what is not to send; returns the peers to forget when all is sent."""

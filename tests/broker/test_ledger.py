@@ -18,6 +18,7 @@ from trtpool.broker.invariants import validate
 from trtpool.broker.journal import Journal, JournalFull, Kind
 from trtpool.broker.ledger import Ledger, Mail, _trim
 from trtpool.ipc import messages as m
+from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
 from trtpool.ipc.settings import TOKEN_BYTES
 
@@ -449,3 +450,66 @@ def test_a_full_log_is_replaced_and_then_empty(memory: Memory) -> None:
     assert heir.recover(MS) == []
     assert heir.next_peer == ledger.next_peer
     assert heir.mail == ledger.mail
+
+
+def test_who_took_over_writes_nothing_before_all_is_written_down_anew(memory: Memory) -> None:
+    def life() -> Ledger:
+        return Ledger(fresh(), memory.journal())
+
+    ledger = life()
+    ledger.join_over_zmq(1, m.encode([HELLO]), MS)
+    ledger.end_turn(MS)
+    ledger.sent(())
+    for survives in (False, True):
+        heir = life()
+        heir.recover(MS)
+        assert 1 in heir.core.producers
+        heir.decide(e.ProducerClosed(1), MS)
+        heir.end_turn(MS)
+        heir.sent(())
+        if survives:
+            heir.compact()
+    last = life()
+    last.recover(MS)
+    assert 1 not in last.core.producers
+
+
+def over_zmq(memory: Memory) -> Ledger:
+    """A ledger with a client over ZeroMQ that was sent two frames, and has said that it heard the first."""
+    ledger = Ledger(fresh(), memory.journal())
+    ledger.join_over_zmq(1, m.encode([HELLO]), MS)
+    ledger.end_turn(MS)
+    ledger.take(1, m.encode([m.Heard(1), m.Status(1)]), MS)
+    ledger.end_turn(MS)
+    ledger.mail[1].unsent.clear()
+    ledger.sent(())
+    return ledger
+
+
+@pytest.mark.parametrize("messages", [[m.Heard(3)], [m.Heard(2**63 - 1)], [m.Status(1), m.Heard(1)]])
+def test_who_says_to_have_heard_what_was_not_sent_breaks_the_protocol(
+    memory: Memory, messages: list[m.Message]
+) -> None:
+    ledger = over_zmq(memory)
+    ledger.take(1, m.encode(messages), MS)
+    assert ledger.core.violations == 1
+    assert len(ledger.mail[1].post.unheard) == 1
+
+
+def test_over_a_lifeline_nobody_says_what_was_heard(memory: Memory) -> None:
+    ledger = Ledger(fresh(), memory.journal())
+    ledger.join(1, m.encode([HELLO]), MS)
+    ledger.take(1, m.encode([m.Heard(0)]), MS)
+    assert ledger.core.violations == 1
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [m.Heard(0)], [m.Heard(3)], [m.Status(1)], [m.Heard(1), m.Status(1)], [m.Heard(2), m.Heard(2)]]
+)
+def test_who_reconnects_says_what_was_heard_and_nothing_else(memory: Memory, messages: list[m.Message]) -> None:
+    ledger = over_zmq(memory)
+    with pytest.raises(ProtocolError):
+        ledger.reconnect(1, m.encode([HELLO, *messages]))
+    for heard, left in ((1, 1), (2, 0)):
+        ledger.reconnect(1, m.encode([HELLO, m.Heard(heard)]))
+        assert len(ledger.mail[1].post.unheard) == left
