@@ -161,10 +161,10 @@ def test_a_closed_client_leaves_no_thread(pool):
 
 
 def test_a_client_that_nobody_has_is_not_kept_by_its_thread(pool):
-    client = Client(pool.run_dir, "zmq")
-    session = weakref.ref(client.session)
+    clients = [Client(pool.run_dir, "zmq")]
+    session = weakref.ref(clients[0].session)
     with pytest.warns(ResourceWarning, match="was dropped without close"):
-        del client
-        gc.collect()
+        clients.clear()
+    gc.collect()
     assert session() is None
     assert Attendant.count() == 0
