@@ -10,6 +10,7 @@
       | <-- WorkerHangs ------------------ |  it must be killed
       | --- WorkerGone ------------------> |  it ended and was reaped
       | <-- PeerAdmitted + 2 fds --------- |  a client's lifeline and its pidfd, to keep
+      | --- PeerIsKept, PeerNotKept -----> |  it is let in, or told why not
       | <-- PeerForgotten ---------------- |
       | --- DrainNow --------------------> |
       | <-- IsDrained -------------------- |  and the broker says Bye to all, and ends
@@ -97,6 +98,18 @@ class PeerKept(msgspec.Struct, frozen=True, tag=11):
     pid: int
 
 
+class PeerIsKept(msgspec.Struct, frozen=True, tag=13):
+    """A client that was admitted will outlive the broker, and may be let in."""
+
+    peer: int
+
+
+class PeerNotKept(msgspec.Struct, frozen=True, tag=14):
+    """There are no descriptors to keep a client's lifeline and pidfd."""
+
+    peer: int
+
+
 class TakeOver(msgspec.Struct, frozen=True, tag=12):
     """All has been told."""
 
@@ -113,6 +126,8 @@ Control: TypeAlias = (
     | PeerAdmitted
     | PeerForgotten
     | PeerKept
+    | PeerIsKept
+    | PeerNotKept
     | TakeOver
 )
 

@@ -37,10 +37,17 @@ RESERVE_BYTES: Final = 1 << 20
 """Kept in a log for what is not a frame, since a frame can be left in its socket until there is room."""
 
 SLOT_BYTES: Final = 256
-"""Of a snapshot, for each slot at most: a lease and a work of its own each, and a request that waits."""
+"""Of a snapshot, for each slot at most: a lease, a work, a batch and a timer of its own, and what is sent of these."""
+
+REQUEST_BYTES: Final = 64
+"""Of a snapshot, for each request that waits, at most, with its timer."""
 
 BASE_BYTES: Final = 256 << 20
-"""Of a snapshot, for all else: frames for slow readers, for the most part."""
+"""Of a snapshot, for all else: frames for slow readers and requests, for the most part.
+
+Neither is bounded by what was configured, since clients are not: if they come to more than this, those clients that
+most of it is for are cut off, after which it fits.
+"""
 
 PAGE_BYTES: Final = mmap.PAGESIZE
 _HEADER_BYTES: Final = PAGE_BYTES

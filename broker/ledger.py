@@ -9,6 +9,10 @@
 
 Frames to a peer are counted.  Who takes over says how many had certainly been sent (`messages.Resume`) and sends the
 others again, and the peer, which counts too, skips those that it has had (`pipe.Hearing`).
+
+What was handed to ZeroMQ may be lost with this process, both ways.  So frames to a client over ZeroMQ are kept until it
+has said that it had them, and it keeps its own until it is told so (`pipe.Post`).  Who takes over tells it how many of
+its frames are written down (`messages.Reconnect`), it answers how many it had, and each sends the rest again.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ import msgspec
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError
-from trtpool.ipc.pipe import FRAME_BYTES
+from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Post
 
 from . import events as e
 from .core import Core
-from .journal import MAX_LOST_ZEROS, Journal, Kind
+from .journal import MAX_LOST_ZEROS, REQUEST_BYTES, Journal, Kind
 from .snapshot import restore, save
 
 Told: TypeAlias = e.ProducerJoined | e.WorkerJoined | e.ProducerClosed | e.ProducerEnded | e.WorkerEnded | e.Drain
@@ -51,25 +55,60 @@ class Mail:
         made: frames that were made for it.
         unsent: the last of these, which wait, or which it has perhaps not been sent.
         worker: the supervisor's number for it, if it is a worker.
-        zmq: its messages go over ZeroMQ.
+        post: what it has not said it heard, `unsent` included, and what it was told that we heard; None for one that
+            talks over its lifeline.
     """
 
     made: int = 0
     unsent: deque[bytes] = field(default_factory=deque)
     worker: int | None = None
-    zmq: bool = False
+    post: Post | None = None
+
+    @property
+    def zmq(self) -> bool:
+        """Whether its messages go over ZeroMQ."""
+        return self.post is not None
+
+    @property
+    def kept(self) -> deque[bytes]:
+        """Frames that are kept for it."""
+        return self.unsent if self.post is None else self.post.unheard
 
     @property
     def said(self) -> int:
         """How many frames it has certainly been sent."""
         return self.made - len(self.unsent)
 
+    def add(self, frames: list[bytes]) -> None:
+        """Frames for it."""
+        self.made += len(frames)
+        self.unsent += frames
+        if self.post is not None:
+            self.post.keep(frames)
+
+    def hear_of(self, heard: int) -> None:
+        """It has had so many.
+
+        Raises:
+            ProtocolError: so many were not made.
+        """
+        assert self.post is not None
+        self.post.drop(heard)
+        for _ in range(len(self.unsent) - len(self.post.unheard)):
+            self.unsent.popleft()
+
+    def clear(self) -> None:
+        """It reads nothing any more."""
+        self.unsent.clear()
+        if self.post is not None:
+            self.post.unheard.clear()
+
 
 class _SavedMail(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     made: int
     unsent: list[bytes]
     worker: int | None
-    zmq: bool
+    zmq: tuple[int, int] | None
 
 
 class _Saved(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -102,6 +141,8 @@ class Ledger:
         self.next_peer = 1
         self._actions: list[e.Action] = []
         self._greetings: dict[int, bytes] = {}
+        self._writing = True
+        self._owed: set[int] = set()  # peers over ZeroMQ that must be told what was heard of them
 
     # ------------------------------------------------------------------ what comes in
 
@@ -115,18 +156,34 @@ class Ledger:
     def join_over_zmq(self, peer: int, greeting: bytes, now_ns: int) -> None:
         """A producer joined by a frame over ZeroMQ."""
         self.journal.write(Kind.ZMQ, peer)
-        self.mail[peer] = Mail(zmq=True)
+        self.mail[peer] = Mail(post=Post())
         self.journal.write(Kind.FRAME, peer, now_ns, greeting)
         self.join(peer, greeting, now_ns)
 
     def join(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
         """A producer joined by a frame, written already, that begins with a good Hello; what follows counts too."""
         self.decide(e.ProducerJoined(peer), now_ns)
-        self._take(peer, m.decode_to_broker(greeting)[1:], now_ns)
+        self._take_greeting(peer, greeting, now_ns)
+
+    def reconnect(self, peer: int, frame: bytes) -> None:
+        """A client of the last broker said Hello, and how many frames it has had.
+
+        Not written down: it says so to the next broker too.
+
+        Raises:
+            ProtocolError: it said something else.
+        """
+        mail = self.mail[peer]
+        _, *rest = m.decode_to_broker(frame)
+        assert mail.post is not None
+        if len(rest) != 1 or not isinstance(rest[0], m.Heard) or rest[0].frames < mail.post.dropped:
+            raise ProtocolError("after Hello, Heard must say how many frames it has had, and nothing more")
+        mail.hear_of(rest[0].frames)
 
     def decide(self, event: Told, now_ns: int) -> None:
         """The core is told something."""
-        self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
+        if self._writing:
+            self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
         self._actions += self.core.handle(event, now_ns)
 
     def take(self, peer: int, frame: bytes, now_ns: int) -> None:
@@ -136,13 +193,31 @@ class Ledger:
 
     def receive(self, peer: int, frame: bytes | memoryview, now_ns: int) -> None:
         """A frame of a peer came, and is written."""
+        mail = self.mail.get(peer)
+        post = None if mail is None else mail.post
+        if post is not None:
+            self._count(peer, post)
         try:
             messages = m.decode_to_broker(frame)
+            if mail is not None and post is not None and type(messages[0]) is m.Heard:
+                mail.hear_of(messages[0].frames)
+                del messages[0]
         except ProtocolError as error:
             self.core.violations += 1
             self._actions.append(e.Send(peer, m.Error(m.BAD_MESSAGE, str(error))))
         else:
             self._take(peer, messages, now_ns)
+
+    def _take_greeting(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
+        mail = self.mail.get(peer)
+        if mail is not None and mail.post is not None:
+            self._count(peer, mail.post)
+        self._take(peer, m.decode_to_broker(greeting)[1:], now_ns)
+
+    def _count(self, peer: int, post: Post) -> None:
+        post.heard += 1
+        if post.owes >= HEARD_ALONE:
+            self._owed.add(peer)
 
     def _take(self, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None:
         handle = self.core.handle
@@ -153,25 +228,39 @@ class Ledger:
 
     def end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         """Put what the core decided into the mail; returns the peers that got some, and what else is to be done."""
-        self.journal.write(Kind.TURN, 0, now_ns)
+        if self._writing:
+            self.journal.write(Kind.TURN, 0, now_ns)
         return self._end_turn(now_ns)
 
     def sent(self, slow: Iterable[int]) -> None:
         """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some."""
+        if not self._writing:
+            return
         waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail}
         self.journal.write(Kind.SENT, 0, 0, _encode(waiting) if waiting else b"")
 
     def compact(self) -> None:
-        """At the end of a turn: forget how it came to what is."""
-        saved = {peer: _SavedMail(one.made, list(one.unsent), one.worker, one.zmq) for peer, one in self.mail.items()}
+        """At the end of a turn: forget how it came to what is.
+
+        Raises:
+            JournalFull: that is too much, and nothing changed; see `weight`.
+        """
+        saved = {peer: _save_mail(one) for peer, one in self.mail.items()}
         self.journal.replace(_encode(_Saved(self.next_peer, save(self.core), saved)))
+        self._writing = True
+
+    def weight(self, peer: int) -> int:
+        """About how many bytes less there would be to write if a producer was cut off."""
+        mail, producer = self.mail.get(peer, Mail()), self.core.producers.get(peer)
+        kept = mail.unsent if mail.post is None else mail.post.unheard
+        return sum(map(len, kept)) + (0 if producer is None else REQUEST_BYTES * producer.waiting)
 
     def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         actions = self._actions + self.core.handle(e.TurnEnded(), now_ns)
-        if not actions:
+        if not actions and not self._owed:
             return [], []
         self._actions = []
-        messages: dict[int, list[m.FromBroker]] = {}
+        messages: dict[int, list[m.FromBroker]] = {peer: [] for peer in self._owed}
         rest: list[e.Action] = []
         for action in actions:
             if isinstance(action, e.Send):
@@ -182,14 +271,16 @@ class Ledger:
             mail = self.mail.get(peer)
             if mail is None:
                 mail = self.mail[peer] = Mail()
-            frames = _frames(some)
-            mail.made += len(frames)
-            mail.unsent += frames
+            if mail.post is not None and mail.post.owes >= HEARD_WITH:
+                some.insert(0, mail.post.say_heard())
+            mail.add(_frames(some))
+        self._owed.clear()
         return list(messages), rest
 
     def forget(self, peer: int) -> None:
         """Nothing of the peer is left."""
         self.mail.pop(peer, None)
+        self._owed.discard(peer)
 
     # ------------------------------------------------------------------ taking over
 
@@ -204,12 +295,13 @@ class Ledger:
         Raises:
             msgspec.MsgspecError: the journal holds something else.
         """
+        self._writing = False
         if len(self.journal.snapshot):
             saved = _decode(self.journal.snapshot)
             restore(self.core, saved.core)
             self.next_peer = saved.next_peer
             for peer, one in saved.mail.items():
-                self.mail[peer] = Mail(one.made, deque(one.unsent), one.worker, one.zmq)
+                self.mail[peer] = _restore_mail(one)
         rest: list[e.Action] = []
         for record in self.journal.records():
             if record.kind == Kind.TURN:
@@ -224,12 +316,15 @@ class Ledger:
                 self._retell(record.body, record.now_ns)
             else:
                 worker = record.now_ns if record.kind == Kind.WORKER else None
-                self.mail[record.peer] = Mail(worker=worker, zmq=record.kind == Kind.ZMQ)
+                self.mail[record.peer] = Mail(worker=worker, post=Post() if record.kind == Kind.ZMQ else None)
                 self.next_peer = max(self.next_peer, record.peer + 1)
         now_ns = max(now_ns, self.core.now_ns)
         self.core.excuse_workers(now_ns)
         rest += self._end_turn(now_ns)[1]
         self._forget_all(rest)
+        for mail in self.mail.values():
+            if mail.post is not None:
+                mail.unsent = deque(mail.post.unheard)
         return rest
 
     def _again(self, peer: int, frame: bytes, now_ns: int) -> None:
@@ -243,8 +338,7 @@ class Ledger:
         event = _TOLD[number](*values)
         self._actions += self.core.handle(event, now_ns)
         if isinstance(event, e.ProducerJoined):
-            greeting = self._greetings.pop(event.peer)
-            self._take(event.peer, m.decode_to_broker(greeting)[1:], now_ns)
+            self._take_greeting(event.peer, self._greetings.pop(event.peer), now_ns)
         if not isinstance(event, e.Drain):
             self.next_peer = max(self.next_peer, event.peer + 1)
 
@@ -258,6 +352,22 @@ class Ledger:
         for action in actions:
             if isinstance(action, e.Forget):
                 self.forget(action.peer)
+
+
+def _save_mail(mail: Mail) -> _SavedMail:
+    post = mail.post
+    if post is None:
+        return _SavedMail(mail.made, list(mail.unsent), mail.worker, None)
+    return _SavedMail(mail.made, list(post.unheard), None, (post.heard, post.told))
+
+
+def _restore_mail(saved: _SavedMail) -> Mail:
+    mail = Mail(saved.made, deque(saved.unsent), saved.worker)
+    if saved.zmq is not None:
+        post = mail.post = Post()
+        post.heard, post.told = saved.zmq
+        post.made, post.unheard = saved.made, deque(saved.unsent)
+    return mail
 
 
 def _frames(messages: list[m.FromBroker]) -> list[bytes]:

@@ -17,7 +17,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -36,7 +36,7 @@ from . import events as e
 from .core import Core
 from .doorman import Doorman
 from .inheritance import Inheritance, Kept, inherit
-from .journal import Journal, journal_bytes
+from .journal import Journal, JournalFull, journal_bytes
 from .ledger import Ledger, Mail, Told
 
 log = logging.getLogger("trtpool.broker")
@@ -62,6 +62,15 @@ MAX_OUTBOX_FRAMES: Final = 1024
 MAX_UNSENT_BYTES: Final = 32 << 20
 """Bytes kept for all peers that read too slowly; more end the connection of the one that has most.  The journal must
 have room for them."""
+
+ZMQ_WINDOW: Final = 256
+"""Frames that a client over ZeroMQ may be sent without having said that it heard them; a lifeline takes as many."""
+
+MAX_PENDING: Final = 64
+"""Clients at once that the supervisor was told of and has not answered for: so many answers have room in its socket."""
+
+RECONNECT_NS: Final = 2_000_000_000
+"""How long a pool that has drained waits for clients over ZeroMQ to take what is left for them."""
 
 MAX_DENIED_LOGGED: Final = 100
 """Users whose first refusal is logged."""
@@ -125,7 +134,10 @@ class Loop:
         self._doorman = Doorman()
         self._peers: dict[int, _Peer] = {}
         self._by_fd: dict[int, _Peer] = {}
+        self._pending: dict[int, _Peer] = {}  # clients that the supervisor has not answered for
         self._slow: set[_Peer] = set()
+        self._stalled: set[_Peer] = set()  # whose mail waits until they say something, unlike that of the slow
+        self._stay_until_ns = 0
         self._accept_again_ns = 0
         self._finished = False
         self._listener = socket.socket(fileno=config.listener_fd)
@@ -161,7 +173,7 @@ class Loop:
         if self._config.takes_over:
             self._take_over(inherit(self._control))
         self._tell(c.BrokerReady())
-        while not self._finished:
+        while not self._finished or self._stays():
             for fd in self._sleep():
                 self._look_at(fd)
             self._read_messages()
@@ -186,13 +198,12 @@ class Loop:
                 self._shut(one.sock)
                 os.close(one.pidfd)
                 self._forget_kept(number)
+                ledger.forget(number)
         self._see_to(rest)
-        ledger.compact()
+        self._compact(lambda: self._forget_all(self._see_to(ledger.end_turn(now)[1])))
         for peer in list(self._peers.values()):
-            if not peer.direct:
-                self._cut_off(peer)  # ZeroMQ may have lost what it had of it
-            elif peer.sock.fileno() >= 0:
-                peer.resume = m.encode([m.Resume(self._config.epoch, peer.mail.said)])
+            if peer.sock.fileno() >= 0:
+                peer.resume = m.encode([self._resume(peer)])
                 self._send_mail(peer)
         ledger.sent(peer.number for peer in self._slow)
         for worker, one in kept.workers.items():
@@ -206,6 +217,14 @@ class Loop:
             )
             ledger.decide(e.ProducerClosed(number), now)
         log.warning("this broker has taken over: epoch %d, %d peers", self._config.epoch, len(self._peers))
+
+    def _resume(self, peer: _Peer) -> m.Resume | m.Reconnect:
+        """What a peer of the last broker is told first."""
+        post = peer.mail.post
+        if post is None:
+            return m.Resume(self._config.epoch, peer.mail.said)
+        token = self._doorman.issue(peer.number)
+        return m.Reconnect(self._config.epoch, post.heard, self._endpoint, token)
 
     def _resume_client(self, number: int, kept: Kept) -> None:
         peer = _Peer(number, kept.sock, kept.pidfd, kept.pid, None)
@@ -222,7 +241,7 @@ class Loop:
         if self._accept_again_ns and time.monotonic_ns() >= self._accept_again_ns:
             self._accept_again_ns = 0
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
-        timers = [self._core.next_timer_ns(), self._accept_again_ns or None]
+        timers = [self._core.next_timer_ns(), self._accept_again_ns or None, self._stay_until_ns or None]
         if self._slow:
             timers.append(time.monotonic_ns() + RETRY_NS)
         due = [timer for timer in timers if timer is not None]
@@ -256,7 +275,10 @@ class Loop:
     # ------------------------------------------------------------------ lifelines
 
     def _accept(self) -> None:
-        while True:
+        while not self._accept_again_ns:
+            if len(self._pending) >= MAX_PENDING:
+                self._accept_later(RETRY_NS)
+                return
             try:
                 sock, _ = self._listener.accept()
             except BlockingIOError:
@@ -264,9 +286,7 @@ class Loop:
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                     log.warning("no more connections for now: %s; raise the limit on open files (ulimit -n)", error)
-                    # It stays readable, and epoll would wake us for it without end.
-                    self._epoll.unregister(self._listener.fileno())
-                    self._accept_again_ns = time.monotonic_ns() + 20 * RETRY_NS
+                    self._accept_later(20 * RETRY_NS)
                     return
                 continue  # it gave up before we came to it
             try:
@@ -276,6 +296,11 @@ class Loop:
             except OSError as error:
                 log.warning("a connection was dropped: %s", error)
                 sock.close()
+
+    def _accept_later(self, pause_ns: int) -> None:
+        """The listener stays readable, and epoll would wake us for it without end."""
+        self._epoll.unregister(self._listener.fileno())
+        self._accept_again_ns = time.monotonic_ns() + pause_ns
 
     def _admit(self, sock: socket.socket) -> None:
         who = peer_credentials(sock)
@@ -295,15 +320,47 @@ class Loop:
         except ProcessLookupError:
             raise
         except OSError as error:  # the connection took the last descriptor
-            text = f"pool {self._config.name!r} can take no more clients: {error.strerror}; raise its limit (ulimit -n)"
-            lifeline.send_packet(sock, lifeline.Denial(text))
+            self._deny_for_want_of_descriptors(sock, error.strerror)
             raise
-        self._add_peer(sock, pidfd, who.pid, worker=None)
+        peer = self._new_peer(sock, pidfd, who.pid, None)
+        if not self._kept:
+            self._let_in(peer)
+            return
+        try:
+            self._tell(c.PeerAdmitted(peer.number, who.pid), [sock.fileno(), pidfd])
+        except OSError:  # more descriptors are on their way than a user may have
+            os.close(pidfd)
+            raise
+        self._pending[peer.number] = peer
 
-    def _add_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
-        number = self._ledger.next_peer
+    def _deny_for_want_of_descriptors(self, sock: socket.socket, why: str | None) -> None:
+        text = f"pool {self._config.name!r} can take no more clients: {why}; raise its limit (ulimit -n)"
+        lifeline.send_packet(sock, lifeline.Denial(text))
+
+    def _decided_on(self, number: int, *, kept: bool) -> None:
+        """The supervisor keeps a client that was admitted, or cannot."""
+        peer = self._pending.pop(number)
+        try:
+            if kept:
+                self._let_in(peer)
+                return
+            self._deny_for_want_of_descriptors(peer.sock, "the supervisor has too many open files")
+            os.close(peer.pidfd)
+        except OSError as error:  # it gave up
+            log.debug("peer %d took no description: %s", number, error)
+        peer.sock.close()
+
+    def _new_peer(self, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> _Peer:
         self._ledger.next_peer += 1
-        peer = _Peer(number, sock, pidfd, pid, worker)
+        return _Peer(self._ledger.next_peer - 1, sock, pidfd, pid, worker)
+
+    def _let_in(self, peer: _Peer) -> None:
+        """Tell a peer all it needs, and listen to it.
+
+        Raises:
+            OSError: it takes nothing in, and was forgotten; its lifeline is left to the caller.
+        """
+        number, worker = peer.number, peer.worker
         description = lifeline.Description(
             version=PROTOCOL_VERSION,
             epoch=self._config.epoch,
@@ -314,20 +371,18 @@ class Loop:
             gpus=self._config.gpus,
         )
         try:
-            if worker is None and self._kept:
-                self._tell(c.PeerAdmitted(number, pid), [sock.fileno(), pidfd])
-            lifeline.send_packet(sock, description, [self._config.arena_fd])
+            lifeline.send_packet(peer.sock, description, [self._config.arena_fd])
         except OSError:
-            os.close(pidfd)
+            os.close(peer.pidfd)
             self._doorman.forget(number)
             if worker is None:
                 self._forget_kept(number)
             raise
         self._watch(peer)
         if worker is not None:
-            self._ledger.join_worker(number, pid, worker, time.monotonic_ns())
+            self._ledger.join_worker(number, peer.pid, worker, time.monotonic_ns())
             peer.mail = self._ledger.mail[number]
-        log.debug("peer %d is process %d%s", number, pid, "" if worker is None else f", worker {worker}")
+        log.debug("peer %d is process %d%s", number, peer.pid, "" if worker is None else f", worker {worker}")
 
     def _watch(self, peer: _Peer) -> None:
         """Look at what comes from a peer, and at a client's end; of a worker's the supervisor tells, which reaps it."""
@@ -370,12 +425,15 @@ class Loop:
         """The first frame over a lifeline, if the peer did not choose ZeroMQ, must begin with Hello and its token."""
         hello = _hello(frame)
         if peer.joined or hello is None or not self._doorman.redeem(peer.number, hello):
-            self._core.violations += 1
-            log.warning("peer %d (process %d) broke the protocol, and is cut off", peer.number, peer.pid)
-            self._cut_off(peer)
+            self._cut_off_for_violation(peer)
             return
         peer.direct = peer.joined = True
         self._ledger.join(peer.number, frame, now)
+
+    def _cut_off_for_violation(self, peer: _Peer) -> None:
+        self._core.violations += 1
+        log.warning("peer %d (process %d) broke the protocol, and is cut off", peer.number, peer.pid)
+        self._cut_off(peer)
 
     def _cut_off(self, peer: _Peer) -> None:
         """Close the lifeline; what the peer holds is free when its process has ended."""
@@ -393,8 +451,9 @@ class Loop:
         self._epoll.unregister(fd)
         del self._by_fd[fd]
         self._shut(peer.sock)
-        peer.mail.unsent.clear()
+        peer.mail.clear()
         self._slow.discard(peer)
+        self._stalled.discard(peer)
 
     @staticmethod
     def _shut(sock: socket.socket) -> None:
@@ -420,6 +479,7 @@ class Loop:
             return
         self._doorman.forget(peer.number)
         self._slow.discard(peer)
+        self._stalled.discard(peer)
         for fd in (peer.sock.fileno(), peer.pidfd):
             if self._by_fd.pop(fd, None) is not None:
                 with contextlib.suppress(OSError):
@@ -452,6 +512,8 @@ class Loop:
                 self._worker_gone(message)
             elif isinstance(message, c.DrainNow):
                 self._decide(e.Drain())
+            elif isinstance(message, (c.PeerIsKept, c.PeerNotKept)):
+                self._decided_on(message.peer, kept=isinstance(message, c.PeerIsKept))
 
     def _receive_control(self) -> tuple[bytes, list[int]]:
         """The next packet of the supervisor; its descriptors have room even if clients hold all that we may have."""
@@ -470,7 +532,7 @@ class Loop:
 
     def _start_worker(self, worker: int, kept: Kept) -> None:
         try:
-            self._add_peer(kept.sock, kept.pidfd, kept.pid, worker)
+            self._let_in(self._new_peer(kept.sock, kept.pidfd, kept.pid, worker))
         except OSError as error:  # it ended already; WorkerGone follows
             kept.sock.close()
             log.debug("worker %d took no description: %s", worker, error)
@@ -532,6 +594,10 @@ class Loop:
         now = time.monotonic_ns()
         if number is not None:
             self._ledger.take(number, frame, now)
+            peer = self._peers[number]
+            if peer in self._stalled:  # perhaps it said that it has heard what it was sent
+                self._stalled.discard(peer)
+                self._slow.add(peer)
             return
         if self._doorman.has_left(identity):
             return
@@ -541,9 +607,23 @@ class Loop:
             if not self._doorman.has_left(identity, hello):
                 self._turn_away(identity)
             return
-        self._peers[number].joined = True
+        peer = self._peers[number]
+        if peer.joined:
+            self._reconnected(peer, frame)
+            return
+        peer.joined = True
         self._ledger.join_over_zmq(number, frame, now)
-        self._peers[number].mail = self._ledger.mail[number]
+        peer.mail = self._ledger.mail[number]
+
+    def _reconnected(self, peer: _Peer, frame: bytes) -> None:
+        """A client of the last broker said Hello, and how many frames it has had: send what it has not."""
+        try:
+            self._ledger.reconnect(peer.number, frame)
+        except ProtocolError:
+            self._cut_off_for_violation(peer)
+            return
+        self._stalled.discard(peer)
+        self._slow.add(peer)
 
     def _turn_away(self, identity: bytes) -> None:
         self._core.violations += 1
@@ -559,7 +639,45 @@ class Loop:
         self._ledger.decide(event, time.monotonic_ns())
 
     def _end_turn(self) -> None:
-        """Carry out what the core decided in this turn, one frame a peer."""
+        """Carry out what the core decided in this turn, and see that there is room to write down the next."""
+        self._carry_out()
+        if not self._journal.has_room:
+            self._compact(self._carry_out)
+
+    def _compact(self, carry_out: Callable[[], None]) -> None:
+        """Write down what is in place of how it came to that, at the end of a turn; `carry_out` ends one more."""
+        while True:
+            try:
+                self._ledger.compact()
+            except JournalFull as full:
+                self._shed(full)
+                carry_out()
+            else:
+                return
+
+    def _shed(self, full: JournalFull) -> None:
+        """Cut off those clients that most of what does not fit is kept for: frames that wait, and requests.
+
+        Raises:
+            JournalFull: it is kept for nobody.
+        """
+        weights = {
+            peer: self._ledger.weight(peer.number)
+            for peer in self._peers.values()
+            if peer.worker is None and peer.sock.fileno() >= 0
+        }
+        total = too_much = sum(weights.values())
+        if not total:
+            raise full
+        for peer in sorted(weights, key=weights.__getitem__, reverse=True):
+            log.warning("peer %d (process %d) lets too much wait for it, and is cut off", peer.number, peer.pid)
+            self._cut_off(peer)
+            too_much -= weights[peer]
+            if 4 * too_much <= 3 * total:
+                return
+
+    def _carry_out(self) -> None:
+        """Do what the core decided; one frame a peer."""
         had_slow = bool(self._slow)
         for peer in list(self._slow):
             self._send_mail(peer)
@@ -570,17 +688,18 @@ class Loop:
             if reader is not None:
                 reader.mail = self._ledger.mail[number]
                 self._send_mail(reader)
-        if self._slow:
+        if self._slow or self._stalled:
             self._bound_outboxes()
-        for number in forgotten:
+        self._forget_all(forgotten)
+        if peers or rest or had_slow:
+            self._ledger.sent(peer.number for peer in self._slow)
+
+    def _forget_all(self, numbers: list[int]) -> None:
+        for number in numbers:
             self._ledger.forget(number)
             gone = self._peers.get(number)
             if gone is not None and gone.worker is None:
                 self._forget(gone)
-        if peers or rest or had_slow:
-            self._ledger.sent(peer.number for peer in self._slow)
-        if not self._journal.has_room:
-            self._ledger.compact()
 
     def _see_to(self, actions: list[e.Action]) -> list[int]:
         """Do what is not to send; returns the peers to forget when all is sent."""
@@ -597,31 +716,34 @@ class Loop:
             elif isinstance(action, e.Drained):
                 self._tell(c.IsDrained())
                 self._finished = True
+                self._stay_until_ns = time.monotonic_ns() + RECONNECT_NS
         return forgotten
 
     def _send_mail(self, peer: _Peer) -> None:
         """Send what waits for a peer, as far as it takes it now."""
         unsent = peer.mail.unsent
         if peer.sock.fileno() < 0:
-            unsent.clear()  # it left, or was cut off, and reads nothing any more
+            peer.mail.clear()  # it left, or was cut off
             return
         if peer.resume:
-            if not self._try_send(peer, peer.resume):
+            if not self._try_pipe(peer, peer.resume):
                 self._slow.add(peer)
                 return
             peer.resume = b""
-        while unsent and self._try_send(peer, unsent[0]):
+        while unsent and self._may_send(peer) and self._try_send(peer, unsent[0]):
             unsent.popleft()
+        self._slow.discard(peer)
+        self._stalled.discard(peer)
         if not unsent:
-            self._slow.discard(peer)
             return
-        self._slow.add(peer)
-        if len(unsent) > MAX_OUTBOX_FRAMES:
+        (self._slow if self._may_send(peer) else self._stalled).add(peer)
+        mail = peer.mail
+        if len(mail.kept) > MAX_OUTBOX_FRAMES + (ZMQ_WINDOW if mail.zmq else 0):
             self._cut_off_slow(peer)
 
     def _bound_outboxes(self) -> None:
         """Keep what waits for slow readers below `MAX_UNSENT_BYTES`."""
-        sizes = {peer: sum(map(len, peer.mail.unsent)) for peer in self._slow}
+        sizes = {peer: sum(map(len, peer.mail.kept)) for peer in self._slow | self._stalled}
         total = sum(sizes.values())
         for peer, size in sorted(sizes.items(), key=lambda item: -item[1]):
             if total <= MAX_UNSENT_BYTES:
@@ -632,6 +754,18 @@ class Loop:
     def _cut_off_slow(self, peer: _Peer) -> None:
         log.warning("peer %d (process %d) reads too slowly, and is cut off", peer.number, peer.pid)
         self._cut_off(peer)
+
+    def _may_send(self, peer: _Peer) -> bool:
+        """Whether a peer is there to be sent something; one over ZeroMQ has also heard most of what it was sent."""
+        post = peer.mail.post
+        if post is None:
+            return True
+        there = self._doorman.identity_of(peer.number) is not None
+        return there and len(post.unheard) - len(peer.mail.unsent) < ZMQ_WINDOW
+
+    def _stays(self) -> bool:
+        """Whether, all being done, there are clients that have yet to connect to take what is left for them."""
+        return bool(self._stalled) and time.monotonic_ns() < self._stay_until_ns
 
     def _try_send(self, peer: _Peer, frame: bytes) -> bool:
         """Send a frame if it can be sent now.  To one that is gone it counts as sent: its end is on its way to us."""
@@ -672,6 +806,9 @@ class Loop:
                     self._try_send(peer, frame)
         self._router.close()
         self._context.term()
+        for peer in self._pending.values():
+            peer.sock.close()
+            os.close(peer.pidfd)
         for peer in list(self._peers.values()):
             self._forget(peer)
         lifeline.close_all(self._reserve)

@@ -31,7 +31,7 @@ import msgspec
 
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment
-from trtpool.ipc.errors import PoolClosed, ProtocolError, StartFailed, TrtpoolError, of_exit_code
+from trtpool.ipc.errors import PoolClosed, StartFailed, TrtpoolError, of_exit_code
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import RunDir
@@ -428,8 +428,11 @@ class Supervisor:
             data, fds = lifeline.receive_packet(self._control, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
-        except ProtocolError as error:
-            log.warning("a client could not be kept for the case that the broker ends: %s", error)
+        except lifeline.NoDescriptors as error:
+            message = c.decode(error.data)
+            assert isinstance(message, c.PeerAdmitted), message
+            log.warning("a client could not be kept for the case that the broker ends, and is refused: %s", error)
+            self._tell(c.PeerNotKept(message.peer))
             return
         except ConnectionError:
             data, fds = b"", []
@@ -444,6 +447,7 @@ class Supervisor:
             self._broker_ready = True
         elif isinstance(message, c.PeerAdmitted):
             self._clients[message.peer] = (message.pid, fds)
+            self._tell(c.PeerIsKept(message.peer))
         elif isinstance(message, c.PeerForgotten):
             lifeline.close_all(self._clients.pop(message.peer, (0, []))[1])
         elif isinstance(message, c.IsDrained):

@@ -1,8 +1,8 @@
 """The lifeline: the Unix socket between the broker and each client or worker.
 
 It does three things that ZeroMQ cannot.  It tells the broker who connects (`SO_PEERCRED`), it passes the
-arena's descriptor, and it ends with the process, so that the end is known.  After the first packet nothing
-more is sent on it::
+arena's descriptor, and it ends with the process, so that the end is known.  After the first packet a client over
+ZeroMQ is told nothing more on it, but that another broker has taken over::
 
     client                                broker
       | --- connect ------------------------> |  checks the user, opens a pidfd
@@ -36,6 +36,14 @@ PACKET_BYTES: Final = 160 * 1024
 """Most bytes of one packet; below the default `net.core.wmem_default` (212,992) less its overhead."""
 
 CONNECT_TIMEOUT_S: Final = 10.0
+
+
+class NoDescriptors(ProtocolError):
+    """A packet came without its descriptors, since we may have no more; `data` is the rest of it."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__("a packet on a Unix socket was cut off; is the limit on open files reached (ulimit -n)?")
+        self.data = data
 
 
 class Unwelcome(PoolNotFound):
@@ -125,7 +133,8 @@ def receive_packet(sock: socket.socket, flags: int = 0, max_fds: int = 4) -> tup
     """Receive one packet; ``(b"", [])`` at end of file.  The caller owns the descriptors.
 
     Raises:
-        ProtocolError: the packet or its descriptors were cut off.
+        ProtocolError: the packet was cut off.
+        NoDescriptors: its descriptors were.
     """
     data, ancillary, got, _ = sock.recvmsg(
         PACKET_BYTES, socket.CMSG_SPACE(4 * max_fds), flags | socket.MSG_CMSG_CLOEXEC
@@ -137,7 +146,9 @@ def receive_packet(sock: socket.socket, flags: int = 0, max_fds: int = 4) -> tup
             fds.extend(struct.unpack(f"{whole // 4}i", payload[:whole]))
     if got & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
         close_all(fds)
-        raise ProtocolError("a packet on a Unix socket was cut off; is the limit on open files reached (ulimit -n)?")
+        if got & socket.MSG_TRUNC:
+            raise ProtocolError(f"a packet on a Unix socket was cut off after {PACKET_BYTES} bytes")
+        raise NoDescriptors(data)
     return data, fds
 
 

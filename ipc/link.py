@@ -6,7 +6,8 @@ There are two transports with one interface, and a broker serves both at once:
 and in order, and wakes the reader directly.
 
 `ZmqLink` sends them over ZeroMQ, `DEALER` to `ROUTER`.  For each frame it wakes an input/output thread at either
-end, which costs about as much as all the rest (docs/performance.md).
+end, which costs about as much as all the rest (docs/performance.md).  Frames lie in these threads and are lost with a
+broker that dies, so both ends keep them until the other has had them: see `pipe.Post`.
 
 Not thread-safe: whoever uses a link from several threads holds a lock, except around `wait`, which touches
 descriptors only.  ZeroMQ's descriptor is edge-triggered: after any use of the socket, `receive` until it is
@@ -19,8 +20,10 @@ import contextlib
 import os
 import select
 import socket
+import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import zmq
@@ -28,7 +31,7 @@ import zmq
 from . import messages as m
 from .errors import PoolClosed, ProtocolError
 from .lifeline import CONNECT_TIMEOUT_S, Description
-from .pipe import FRAME_BYTES, Hearing
+from .pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
 from .settings import PROTOCOL_VERSION
 
 # Plain integers: enum flags cost 2 us a use, on a path that has 10 us.
@@ -42,6 +45,50 @@ MAX_SENT: Final = 512
 
 LINGER_MS: Final = 1000
 """How long closing waits for the last messages to go out."""
+
+
+class Attendant(threading.Thread):
+    """Looks when something comes over a lifeline, though nobody waits.
+
+    A client over ZeroMQ must come to a broker that took over even while its threads do other things: what it released
+    last was perhaps lost, and others wait for that.
+
+    Args:
+        lifeline_fd: what to sleep on.
+        look: a method, not kept alive, that reads what came; returns whether more may come.
+    """
+
+    def __init__(self, lifeline_fd: int, look: Callable[[], bool]) -> None:
+        super().__init__(name="trtpool-lifeline", daemon=True)
+        self._look = weakref.WeakMethod(look)
+        self._lifeline_fd = lifeline_fd
+        self._stop_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._stopped = threading.Event()
+
+    def run(self) -> None:
+        """Sleep and look, until `stop` or the end."""
+        poller = select.poll()
+        for fd in (self._lifeline_fd, self._stop_fd):
+            poller.register(fd, select.POLLIN)
+        while not self._stopped.is_set():
+            poller.poll()
+            look = self._look()
+            if self._stopped.is_set() or look is None or not look():
+                return
+            del look
+
+    def stop(self) -> None:
+        """End the thread, which may be the one that calls this."""
+        self._stopped.set()
+        os.eventfd_write(self._stop_fd, 1)
+        if self is not threading.current_thread():
+            self.join()
+        os.close(self._stop_fd)
+
+    @staticmethod
+    def count() -> int:
+        """How many there are in this process."""
+        return sum(isinstance(thread, Attendant) for thread in threading.enumerate())
 
 
 class Link:
@@ -126,8 +173,6 @@ class Link:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)
-            elif fd == self._lifeline.fileno():
-                self._look_at_lifeline()
 
     def wake(self) -> None:
         """End a `wait` in another thread."""
@@ -153,14 +198,14 @@ class Link:
 
     # ------------------------------------------------------------------ what transports differ in
 
+    def attend(self, look: Callable[[], bool]) -> None:
+        """Have `look`, which receives, called when that must not wait for who uses the link; see `Attendant`."""
+
     def _open(self, description: Description) -> None:
         """Connect what carries the messages."""
 
     def _shut(self, linger_ms: int) -> None:
         """Disconnect what carries the messages."""
-
-    def _look_at_lifeline(self) -> None:
-        """It is readable: `receive` will see to it."""
 
     def _send_frame(self, frame: bytes) -> None:
         while True:
@@ -182,43 +227,97 @@ class ZmqLink(Link):
     late_s = 1.0  # they are on their way through ZeroMQ's threads
 
     _dealer: zmq.Socket[bytes] | None = None
+    _attendant: Attendant | None = None
 
     def _open(self, description: Description) -> None:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._post = Post()
+        self._connect(description.endpoint)
+
+    def _connect(self, endpoint: str) -> None:
         dealer = self._dealer = self._context.socket(zmq.DEALER)
         dealer.setsockopt(zmq.LINGER, LINGER_MS)
         dealer.setsockopt(zmq.SNDHWM, 0)  # what we send is bounded by the slots we hold
         dealer.setsockopt(zmq.RCVHWM, 0)
-        dealer.connect(description.endpoint)
+        dealer.connect(endpoint)
         self._poller.register(int(dealer.getsockopt(zmq.FD)), select.POLLIN)
 
+    def attend(self, look: Callable[[], bool]) -> None:
+        """See `Link.attend`."""
+        self._attendant = Attendant(self._lifeline.fileno(), look)
+        self._attendant.start()
+
     def _shut(self, linger_ms: int) -> None:
+        if self._attendant is not None:
+            self._attendant.stop()
         if self._dealer is not None:
             self._dealer.close(linger=linger_ms)
             self._context.term()
 
+    def send(self, messages: Sequence[m.Message]) -> None:
+        """See `Link.send`."""
+        super().send([self._post.say_heard(), *messages] if self._post.owes >= HEARD_WITH else messages)
+
     def _send_frame(self, frame: bytes) -> None:
         assert self._dealer is not None
+        self._post.keep((frame,))
         self._dealer.send(frame, NOBLOCK)
 
     def receive(self) -> list[m.FromBroker]:
         """All messages that have arrived, without waiting."""
         received: list[m.FromBroker] = []
-        dealer = self._dealer
-        assert dealer is not None
-        while dealer.getsockopt(EVENTS) & POLLIN:  # type: ignore[operator]  # looking costs a third of `zmq.Again`
-            received += m.decode_from_broker(dealer.recv(NOBLOCK))
+        looking = True
+        while looking:
+            dealer = self._dealer
+            assert dealer is not None
+            while dealer.getsockopt(EVENTS) & POLLIN:  # type: ignore[operator]  # looking costs a third of `zmq.Again`
+                received += self._hear(dealer.recv(NOBLOCK))
+            looking = self._post.owes >= HEARD_ALONE
+            if looking:
+                self._send_frame(m.encode([self._post.say_heard()]))
+            elif not received:
+                looking = self._reconnect()
         return received
 
-    def _look_at_lifeline(self) -> None:
-        try:
-            ended = not self._lifeline.recv(1)
-        except BlockingIOError:
-            return
-        except OSError:
-            ended = True
-        if ended and not self.ended:
-            self._end()
+    def _hear(self, frame: bytes) -> list[m.FromBroker]:
+        messages = m.decode_from_broker(frame)
+        self._post.heard += 1
+        if messages and type(messages[0]) is m.Heard:
+            self._post.drop(messages[0].frames)
+            return messages[1:]
+        return messages
+
+    def _reconnect(self) -> bool:
+        """Go on with the broker that took over, if the lifeline brings word of one; whether there was any."""
+        word = b""
+        while not self.ended:
+            try:
+                packet = self._lifeline.recv(FRAME_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                packet = b""
+            if packet:
+                word = packet  # of several the last is the one that lives
+            else:
+                self._end()
+        if not word or self.ended:
+            return False
+        (message,) = m.decode_from_broker(word)
+        if not isinstance(message, m.Reconnect):
+            raise ProtocolError(f"the broker sent {type(message).__name__} over the lifeline of a client over ZeroMQ")
+        before = self._dealer
+        assert before is not None
+        self._poller.unregister(int(before.getsockopt(zmq.FD)))
+        before.close(linger=0)
+        self._post.drop(message.heard)
+        self._connect(message.endpoint)
+        assert self._dealer is not None
+        self._dealer.send(m.encode([m.Hello(PROTOCOL_VERSION, message.token), self._post.say_heard()]), NOBLOCK)
+        for frame in self._post.unheard:
+            self._dealer.send(frame, NOBLOCK)
+        self.wake()  # who waits does so on the descriptor of the old socket
+        return True
 
 
 TRANSPORTS: Final[dict[str, type[Link]]] = {"lifeline": Link, "zmq": ZmqLink}

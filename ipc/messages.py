@@ -22,6 +22,8 @@ bounds and list lengths, and refuses unknown fields.  Nothing is pickled, ever.
     Error              to any         code, reason that says what to do           any
     Bye                both           reason                                      last
     Resume             to all         another broker: epoch, frames said so far   alone, any
+    Heard              over ZeroMQ    frames of yours that I have had             first in a frame, any
+    Reconnect          over ZeroMQ    another broker: frames heard, endpoint, ..  alone, on the lifeline, any
 
 A producer names its work as ``(lease, first_in_lease, count, seq)`` and a worker as
 ``(batch, attempt)``; slot numbers from peers are never trusted, nor sent by them.
@@ -259,8 +261,34 @@ class Resume(_Message, frozen=True, tag=18):
     said: U63
 
 
-ToBroker: TypeAlias = Lease | Submit | Release | Cancel | Status | Hello | Ready | Finished | Failed | Bye
-FromBroker: TypeAlias = Done | Grant | Welcome | Recall | Run | Report | Error | Bye | Resume
+class Heard(_Message, frozen=True, tag=19):
+    """How many frames of yours I have had, over ZeroMQ: frames lie in threads there, and are kept until this is said.
+
+    The first of a frame that it is in, or after Hello if `Reconnect` asked for that: it then says where to go on.
+    """
+
+    frames: U63
+
+
+class Reconnect(_Message, frozen=True, tag=20):
+    """Another broker has taken over from one that a client talked to over ZeroMQ; said over the lifeline.
+
+    `heard` counts the client's frames that were had.  The client connects to `endpoint`, says Hello with `token` and
+    Heard in one frame, which is not counted, and then again all after `heard`; it is then sent what it had not heard.
+    """
+
+    epoch: U63
+    heard: U63
+    endpoint: Text
+    token: Annotated[bytes, msgspec.Meta(min_length=TOKEN_BYTES, max_length=TOKEN_BYTES)]
+
+    def __repr__(self) -> str:
+        """Without the token, which no log shall show."""
+        return f"Reconnect(epoch={self.epoch}, heard={self.heard})"
+
+
+ToBroker: TypeAlias = Lease | Submit | Release | Cancel | Status | Hello | Ready | Finished | Failed | Bye | Heard
+FromBroker: TypeAlias = Done | Grant | Welcome | Recall | Run | Report | Error | Bye | Resume | Heard | Reconnect
 Message: TypeAlias = ToBroker | FromBroker
 
 _encoder = msgspec.msgpack.Encoder()

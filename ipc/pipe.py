@@ -8,14 +8,22 @@ was sent before a process ended is still there to be read.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from . import messages as m
+from .errors import ProtocolError
 from .lifeline import PACKET_BYTES
 
 FRAME_BYTES: Final = PACKET_BYTES
 """Most bytes of a frame, which is one packet."""
+
+HEARD_WITH: Final = 8
+"""Over ZeroMQ: after so many frames, what was heard is said in a frame that is sent anyway."""
+
+HEARD_ALONE: Final = 16
+"""And after so many in a frame of its own."""
 
 
 class Hearing:
@@ -45,6 +53,58 @@ class Hearing:
             return []
         self._heard += 1
         return messages
+
+
+class Post:
+    """What goes over ZeroMQ, each frame once, though frames on their way are lost with a broker.
+
+    Both ends count the frames that they send and hear, and keep those that the other has not said it heard
+    (`messages.Heard`).  On a new connection each says how many it has had, and the other goes on after these.
+
+    Attributes:
+        heard: frames that we had.
+        told: how many of these the other end knows of.
+        made: frames that we sent.
+        unheard: the last of these, which the other has perhaps not had.
+    """
+
+    __slots__ = ("heard", "made", "told", "unheard")
+
+    def __init__(self) -> None:
+        self.heard = self.told = self.made = 0
+        self.unheard: deque[bytes] = deque()
+
+    def keep(self, frames: Iterable[bytes]) -> None:
+        """These are sent."""
+        before = len(self.unheard)
+        self.unheard.extend(frames)
+        self.made += len(self.unheard) - before
+
+    @property
+    def dropped(self) -> int:
+        """Frames that are kept no more, since the other has said that it had them."""
+        return self.made - len(self.unheard)
+
+    @property
+    def owes(self) -> int:
+        """Frames that the other end does not know to have been heard."""
+        return self.heard - self.told
+
+    def say_heard(self) -> m.Heard:
+        """What to say of it, in a frame that is sent."""
+        self.told = self.heard
+        return m.Heard(self.heard)
+
+    def drop(self, heard: int) -> None:
+        """The other end has had so many.
+
+        Raises:
+            ProtocolError: there are not so many.
+        """
+        if heard > self.made:
+            raise ProtocolError(f"{heard} frames were heard of {self.made} that were sent")
+        for _ in range(heard - self.made + len(self.unheard)):
+            self.unheard.popleft()
 
 
 class Pipe:

@@ -26,7 +26,7 @@ from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, Plane
 from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
-from .link import LINGER_MS, TRANSPORTS
+from .link import LINGER_MS, TRANSPORTS, Attendant
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 
 KEPT_WARNING_S: Final = 10.0
@@ -165,6 +165,7 @@ class Session:
         with self._driver:
             for message in self.link.early:
                 self._handlers[type(message)](message)
+        self.link.attend(self._attend)
 
     def _connect(self, run_dir: Path, transport: str) -> None:
         lifeline = connect_lifeline(run_dir)
@@ -259,7 +260,7 @@ class Session:
         )
 
     def _is_only_thread(self) -> bool:
-        return threading.active_count() - self._background.idle == 1
+        return threading.active_count() - self._background.idle - Attendant.count() == 1
 
     def answer(self, request: Request) -> list[Claim]:
         """Wait for the answer to `ask`; the broker keeps the time."""
@@ -548,7 +549,19 @@ class Session:
             if not received and not self._urgent:
                 break
         if self.link.ended and self._over is None and not self.closed:
-            self._receive_last()
+            if self._driver.led:
+                self.link.wake()  # who sleeps on the link sees to it: two must not
+            else:
+                self._receive_last()
+
+    def _attend(self) -> bool:
+        """Take in what came though nobody waits; whether more may come.  See `Link.attend`."""
+        with self._driver:
+            try:
+                self._exchange()
+            except TrtpoolError as error:
+                self._end(str(error))
+        return not (self.link.ended or self.closed)
 
     def _receive_last(self) -> None:
         """The lifeline has ended: take in what the broker sent before, up to its Bye."""

@@ -79,15 +79,14 @@ def soak(
     workers: int,
     producers: int,
     pause_s: float,
-    broker: bool,
 ) -> Summary:
     """Run it; see the module `soaklib`."""
     before = own_holdings()
     plan = pool_plan(seed)
     began = time.monotonic()
     target = Target(folder, plan, workers, models)
-    crew = Crew(target, producer_plans(seed, broker=broker), producers)
-    saboteur = Saboteur(target, crew, faults(seed, pause_s, broker=broker))
+    crew = Crew(target, producer_plans(seed), producers)
+    saboteur = Saboteur(target, crew, faults(seed, pause_s))
     try:
         while time.monotonic() < began + 60 * minutes:
             crew.tend()
@@ -139,11 +138,11 @@ def fill(summary: Summary, crew: Crew, saboteur: Saboteur, report: PoolReport) -
             summary.texts.append(what)
 
 
-def show_plan(seed: int, pause_s: float, *, broker: bool) -> None:
+def show_plan(seed: int, pause_s: float) -> None:
     """Print how a soak of this seed begins."""
     print(pool_plan(seed))
-    plans: Iterator[Fault] = faults(seed, pause_s, broker=broker)
-    for one in [*itertools.islice(producer_plans(seed, broker=broker), 10), *itertools.islice(plans, 20)]:
+    plans: Iterator[Fault] = faults(seed, pause_s)
+    for one in [*itertools.islice(producer_plans(seed), 10), *itertools.islice(plans, 20)]:
         print(one)
 
 
@@ -156,7 +155,6 @@ def show_plan(seed: int, pause_s: float, *, broker: bool) -> None:
 @click.option(
     "--pause-s", type=click.FloatRange(0, min_open=True), default=0.7, show_default=True, help="Mean, between faults."
 )
-@click.option("--broker-faults", is_flag=True, help="Kill the broker too; no client uses ZeroMQ.")
 @click.option("--keep", type=click.Path(path_type=Path), help="A new folder for the logs [default: none is left].")
 @click.option("--show-plan", "only_plan", is_flag=True, help="Only print how it would begin.")
 def main(
@@ -167,7 +165,6 @@ def main(
     producers: int,
     models: str,
     pause_s: float,
-    broker_faults: bool,
     keep: Path | None,
     only_plan: bool,
 ) -> None:
@@ -180,14 +177,13 @@ def main(
     if not set(names) <= set(MODELS) or names[0] != "negate":
         raise click.UsageError(f"--models takes some of {','.join(MODELS)}, and negate first; got {models}")
     if only_plan:
-        show_plan(seed, pause_s, broker=broker_faults)
+        show_plan(seed, pause_s)
         return
     folder = keep or Path(tempfile.mkdtemp(prefix="trtpool-soak-"))
     folder.mkdir(parents=True, exist_ok=keep is None)
     try:
         summary = soak(
-            folder, names, minutes=minutes, seed=seed, workers=workers, producers=producers, pause_s=pause_s,
-            broker=broker_faults,
+            folder, names, minutes=minutes, seed=seed, workers=workers, producers=producers, pause_s=pause_s
         )  # fmt: skip
         summary.show()
         if not summary.good:

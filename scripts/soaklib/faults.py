@@ -39,7 +39,7 @@ class Saboteur:
         self._due = time.monotonic() + self._next.after_s
         self._later: list[threading.Timer] = []
         self._hit: dict[str, Callable[[], list[int]]] = {
-            "worker": self._workers, "producer": self._producers, "broker": lambda: target.pids("trtpool.broker"),
+            "worker": self._workers, "producer": self._producers, "broker": self._brokers,
         }  # fmt: skip
 
     def step(self) -> None:
@@ -61,6 +61,11 @@ class Saboteur:
 
     def _producers(self) -> list[int]:
         return [member.process.pid for member in self._crew.members]
+
+    def _brokers(self) -> list[int]:
+        """One that is ready: several in a row that end before that are the end of the pool."""
+        self._target.report()
+        return self._target.pids("trtpool.broker")
 
     def _victims(self, whom: str, pick: int, count: int = 1) -> list[int]:
         there = self._hit[whom]()

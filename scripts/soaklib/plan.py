@@ -28,11 +28,12 @@ FAULTS: Final = {
     "stop producer": 4,
     "end producer": 2,
     "stop broker": 3,
+    "kill broker": 3,
     "kill worker and producer": 1,
     "kill two workers": 1,
+    "kill broker and worker": 1,
+    "kill broker and producer": 1,
 }
-BROKER_FAULTS: Final = {"kill broker": 3, "kill broker and worker": 1, "kill broker and producer": 1}
-"""For pools whose broker is replaced when it dies."""
 
 
 class PoolPlan(NamedTuple):
@@ -75,21 +76,21 @@ def pool_plan(seed: int) -> PoolPlan:
     return PoolPlan(items_per_slot, max_batch, rng.choice([64, 96, 128]), rng.choice([0, 0, 500]))
 
 
-def producer_plans(seed: int, *, broker: bool) -> Iterator[ProducerPlan]:
-    """The producers, without end; over ZeroMQ none outlives a broker, so none uses it where brokers are killed."""
+def producer_plans(seed: int) -> Iterator[ProducerPlan]:
+    """The producers, without end."""
     rng = _stream(seed, "producers")
-    transports = ["lifeline", "lifeline", "lifeline" if broker else "zmq"]
     number = 0
     while True:
         number += 1
         (role,) = rng.choices([*ROLES], [*ROLES.values()])
-        yield ProducerPlan(number, role, rng.randrange(2**31), rng.randrange(5, 120), rng.choice(transports))
+        yield ProducerPlan(
+            number, role, rng.randrange(2**31), rng.randrange(5, 120), rng.choice(["lifeline", "lifeline", "zmq"])
+        )
 
 
-def faults(seed: int, mean_pause_s: float, *, broker: bool) -> Iterator[Fault]:
+def faults(seed: int, mean_pause_s: float) -> Iterator[Fault]:
     """The faults, without end."""
     rng = _stream(seed, "faults")
-    weights = {**FAULTS, **(BROKER_FAULTS if broker else {})}
     while True:
-        (kind,) = rng.choices([*weights], [*weights.values()])
+        (kind,) = rng.choices([*FAULTS], [*FAULTS.values()])
         yield Fault(rng.expovariate(1 / mean_pause_s), kind, rng.randrange(2**31), rng.uniform(0.01, 1.0))

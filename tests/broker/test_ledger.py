@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Iterator
 
 import hypothesis.strategies as st
@@ -17,7 +18,8 @@ from trtpool.broker.invariants import validate
 from trtpool.broker.journal import Journal, JournalFull, Kind
 from trtpool.broker.ledger import Ledger, Mail, _trim
 from trtpool.ipc import messages as m
-from trtpool.ipc.pipe import FRAME_BYTES, Hearing
+from trtpool.ipc.errors import ProtocolError
+from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
 from trtpool.ipc.settings import TOKEN_BYTES
 
 LOG_BYTES = 2 * FRAME_BYTES
@@ -47,8 +49,41 @@ class Memory:
         return Journal(self.fd, JOURNAL_BYTES, log_bytes=LOG_BYTES, reserve_bytes=FRAME_BYTES + 8192)
 
 
+class ZmqClient:
+    """A client over ZeroMQ, and what is on its way: `up` to the broker, `down` to it.
+
+    Attributes:
+        away: it has not connected to the broker that lives now.
+        clogged: nothing arrives, in either direction.
+    """
+
+    def __init__(self) -> None:
+        self.post = Post()
+        self.up: deque[bytes] = deque()
+        self.down: deque[bytes] = deque()
+        self.away = self.clogged = False
+
+    def send(self, messages: list[m.Message]) -> None:
+        if self.post.owes >= HEARD_WITH:
+            messages = [self.post.say_heard(), *messages]
+        frame = m.encode(messages)
+        self.post.keep([frame])
+        if not self.away:
+            self.up.append(frame)
+
+    def receive(self, frame: bytes) -> list[m.FromBroker]:
+        messages = m.decode_from_broker(frame)
+        self.post.heard += 1
+        if isinstance(messages[0], m.Heard):
+            self.post.drop(messages[0].frames)
+            del messages[0]
+        if self.post.owes >= HEARD_ALONE:
+            self.send([])
+        return messages
+
+
 class DyingMachine(RuleBasedStateMachine):
-    """Sockets are lists: `to_broker` of frames that nobody has read, `inbox` of frames on their way to a peer."""
+    """What peers over lifelines are sent is in their sockets at once; over ZeroMQ it may be lost with the broker."""
 
     @initialize()
     def start(self):
@@ -59,6 +94,7 @@ class DyingMachine(RuleBasedStateMachine):
         self.heard: dict[int, list[m.FromBroker]] = {}
         self.hearing: dict[int, Hearing] = {}
         self.slow: set[int] = set()
+        self.over_zmq: dict[int, ZmqClient] = {}
         self.now_ns = MS
         self.next_peer = 1
         self.producers: list[int] = []
@@ -67,7 +103,7 @@ class DyingMachine(RuleBasedStateMachine):
         self.request = 0
         self.lives = 1
         self.join_worker()
-        self.join_producer()
+        self.join_producer(zmq=True)
 
     def teardown(self):
         if hasattr(self, "memory"):
@@ -75,7 +111,7 @@ class DyingMachine(RuleBasedStateMachine):
                 self.reads_slowly(peer, slow=False)
             self.turn(None)
             self.die()
-            self.turn(None)
+            self.come_to_rest()
             self.agree()
             self.ledger.journal.close()
             os.close(self.memory.fd)
@@ -93,14 +129,61 @@ class DyingMachine(RuleBasedStateMachine):
         validate(self.ledger.core)
         self.ledger.compact()
         for peer, mail in self.ledger.mail.items():
-            self.hearing[peer].take(m.encode([m.Resume(self.lives, mail.said)]))
+            if peer in self.over_zmq:
+                client = self.over_zmq[peer]
+                client.away = True
+                client.up.clear()
+                client.down.clear()
+            else:
+                self.hearing[peer].take(m.encode([m.Resume(self.lives, mail.said)]))
         for peer in self.ledger.mail:
             self.send(peer)
         self.ledger.sent(self.slow)
 
+    def reconnect(self, peer):
+        """A client over ZeroMQ is told of the broker that took over, and comes to it."""
+        client = self.over_zmq[peer]
+        client.away = False
+        client.post.drop(self.ledger.mail[peer].post.heard)
+        self.ledger.reconnect(peer, m.encode([HELLO, client.post.say_heard()]))
+        client.up.extend(client.post.unheard)
+        self.send(peer)
+
+    def deliver(self, peer, frames=None):
+        """What is on its way arrives, or only so many frames each way."""
+        client = self.over_zmq[peer]
+        for _ in range(len(client.up) if frames is None else min(frames, len(client.up))):
+            frame = client.up.popleft()
+            self.tell_immortal(peer, [one for one in m.decode_to_broker(frame) if not isinstance(one, m.Heard)])
+            self.ledger.take(peer, frame, self.now_ns)
+        for _ in range(len(client.down) if frames is None else min(frames, len(client.down))):
+            self.hear(peer, client.receive(client.down.popleft()))
+
+    def come_to_rest(self):
+        """All that is on its way arrives, and what it makes others say."""
+        self.turn(None)
+        for peer in self.producers:
+            if peer in self.over_zmq:
+                client = self.over_zmq[peer]
+                if client.away:
+                    self.reconnect(peer)
+                self.turn(None)
+                while client.up or client.down:
+                    self.deliver(peer)
+                    self.turn(None)
+                for post in (client.post, self.ledger.mail[peer].post):
+                    assert len(post.unheard) <= HEARD_ALONE, "what is kept is bounded"
+
     def send(self, peer, frames=None):
         """Send what waits for a peer, or only so many frames."""
         mail = self.ledger.mail.get(peer, Mail())
+        client = self.over_zmq.get(peer)
+        if client is not None:
+            while mail.unsent and peer not in self.slow and not client.away:
+                client.down.append(mail.unsent.popleft())
+            if not client.clogged:
+                self.deliver(peer)
+            return
         while mail.unsent and peer not in self.slow and frames != 0:
             messages = self.hearing[peer].take(mail.unsent[0])
             mail.unsent.popleft()
@@ -117,6 +200,14 @@ class DyingMachine(RuleBasedStateMachine):
 
     def frame(self, peer, messages, dies=None):
         """A peer sends a frame, and the broker may die at any point of taking it in."""
+        if peer in self.over_zmq:
+            client = self.over_zmq[peer]
+            client.send(messages)
+            if dies != BEFORE and not client.clogged:
+                self.deliver(peer)
+            if dies:
+                self.die()
+            return
         frame = m.encode(messages)
         if dies == BEFORE:
             self.ledger.journal.frame(peer)
@@ -165,11 +256,17 @@ class DyingMachine(RuleBasedStateMachine):
 
     # --- What happens ---
 
-    def join_producer(self):
+    def join_producer(self, *, zmq=False):
         peer, self.next_peer = self.next_peer, self.next_peer + 1
         self.hearing[peer], self.leases[peer] = Hearing(), []
         self.producers.append(peer)
         greeting = m.encode([HELLO])
+        if zmq:
+            client = self.over_zmq[peer] = ZmqClient()
+            client.post.keep([greeting])
+            flat(self.immortal.handle(e.ProducerJoined(peer), self.now_ns), self.expected)
+            self.ledger.join_over_zmq(peer, greeting, self.now_ns)
+            return
         view = self.ledger.journal.frame(peer)
         view[: len(greeting)] = greeting
         view.release()
@@ -186,9 +283,9 @@ class DyingMachine(RuleBasedStateMachine):
     moments = st.sampled_from([None, None, None, BEFORE, TORN, AFTER])
 
     @precondition(lambda self: len(self.producers) < 4)
-    @rule(dies=st.booleans())
-    def another_producer(self, dies):
-        self.join_producer()
+    @rule(dies=st.booleans(), zmq=st.booleans())
+    def another_producer(self, dies, zmq):
+        self.join_producer(zmq=zmq)
         if dies:
             self.die()
 
@@ -236,6 +333,20 @@ class DyingMachine(RuleBasedStateMachine):
         self.event(e.WorkerEnded(peer, "SIGKILL"), dies)
         self.slow.discard(peer)
         self.join_worker()
+
+    @rule(data=st.data(), clogged=st.booleans())
+    def clogs(self, data, clogged):
+        client = self.over_zmq.get(data.draw(st.sampled_from(self.producers)))
+        if client is not None:
+            client.clogged = clogged
+
+    @rule(data=st.data(), frames=st.integers(1, 20))
+    def something_arrives(self, data, frames):
+        peer = data.draw(st.sampled_from(self.producers))
+        if peer in self.over_zmq:
+            if self.over_zmq[peer].away:
+                self.reconnect(peer)
+            self.deliver(peer, frames)
 
     @rule(peer=st.integers(1, 9), slow=st.booleans())
     def reads_slowly(self, peer, slow):
@@ -339,3 +450,66 @@ def test_a_full_log_is_replaced_and_then_empty(memory: Memory) -> None:
     assert heir.recover(MS) == []
     assert heir.next_peer == ledger.next_peer
     assert heir.mail == ledger.mail
+
+
+def test_who_took_over_writes_nothing_before_all_is_written_down_anew(memory: Memory) -> None:
+    def life() -> Ledger:
+        return Ledger(fresh(), memory.journal())
+
+    ledger = life()
+    ledger.join_over_zmq(1, m.encode([HELLO]), MS)
+    ledger.end_turn(MS)
+    ledger.sent(())
+    for survives in (False, True):
+        heir = life()
+        heir.recover(MS)
+        assert 1 in heir.core.producers
+        heir.decide(e.ProducerClosed(1), MS)
+        heir.end_turn(MS)
+        heir.sent(())
+        if survives:
+            heir.compact()
+    last = life()
+    last.recover(MS)
+    assert 1 not in last.core.producers
+
+
+def over_zmq(memory: Memory) -> Ledger:
+    """A ledger with a client over ZeroMQ that was sent two frames, and has said that it heard the first."""
+    ledger = Ledger(fresh(), memory.journal())
+    ledger.join_over_zmq(1, m.encode([HELLO]), MS)
+    ledger.end_turn(MS)
+    ledger.take(1, m.encode([m.Heard(1), m.Status(1)]), MS)
+    ledger.end_turn(MS)
+    ledger.mail[1].unsent.clear()
+    ledger.sent(())
+    return ledger
+
+
+@pytest.mark.parametrize("messages", [[m.Heard(3)], [m.Heard(2**63 - 1)], [m.Status(1), m.Heard(1)]])
+def test_who_says_to_have_heard_what_was_not_sent_breaks_the_protocol(
+    memory: Memory, messages: list[m.Message]
+) -> None:
+    ledger = over_zmq(memory)
+    ledger.take(1, m.encode(messages), MS)
+    assert ledger.core.violations == 1
+    assert len(ledger.mail[1].post.unheard) == 1
+
+
+def test_over_a_lifeline_nobody_says_what_was_heard(memory: Memory) -> None:
+    ledger = Ledger(fresh(), memory.journal())
+    ledger.join(1, m.encode([HELLO]), MS)
+    ledger.take(1, m.encode([m.Heard(0)]), MS)
+    assert ledger.core.violations == 1
+
+
+@pytest.mark.parametrize(
+    "messages", [[], [m.Heard(0)], [m.Heard(3)], [m.Status(1)], [m.Heard(1), m.Status(1)], [m.Heard(2), m.Heard(2)]]
+)
+def test_who_reconnects_says_what_was_heard_and_nothing_else(memory: Memory, messages: list[m.Message]) -> None:
+    ledger = over_zmq(memory)
+    with pytest.raises(ProtocolError):
+        ledger.reconnect(1, m.encode([HELLO, *messages]))
+    for heard, left in ((1, 1), (2, 0)):
+        ledger.reconnect(1, m.encode([HELLO, m.Heard(heard)]))
+        assert len(ledger.mail[1].post.unheard) == left

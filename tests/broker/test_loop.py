@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import socket
 import threading
@@ -18,6 +19,7 @@ from tests.system.raw import Raw
 from tests.system.rig import PATIENCE_S
 from trtpool.broker import control as c
 from trtpool.broker import loop as loop_module
+from trtpool.broker.journal import Journal
 from trtpool.broker.loop import Loop, configure
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
@@ -427,17 +429,43 @@ def test_who_does_not_read_is_cut_off_and_others_are_served(transport, broker, m
     assert report(other).producers == 1
 
 
+def test_if_all_that_waits_is_too_much_to_write_down_the_heaviest_goes(transport, tmp_path, monkeypatch, caplog):
+    small = functools.partial(Journal, log_bytes=4 * FRAME_BYTES, reserve_bytes=2 * FRAME_BYTES)
+    monkeypatch.setattr(loop_module, "Journal", small)
+    monkeypatch.setattr(loop_module, "journal_bytes", lambda layout: 2 << 20)
+    broker = Broker(tmp_path / "run")
+    try:
+        slow, other = broker.client(transport), broker.client(transport)
+        status = [m.Status(1)] * 400
+        kept = lease(other)
+        fills_the_log = [m.Cancel(2**62, 0, 1)] * 1000  # of a lease that there is not, which is no error
+        for _ in range(1000):
+            if "lets too much wait for it, and is cut off" in caplog.text:
+                break
+            with contextlib.suppress(BrokenPipeError):  # it is
+                slow.send(*status)
+            other.send(*fills_the_log)
+            assert other.alive()
+        slow.wait_cut_off()
+        assert "peer 1 " in caplog.text
+        assert "peer 2 " not in caplog.text
+        other.send(m.Release(kept, 0, 1))
+        assert report(other).models[0].free == 16
+    finally:
+        broker.close()
+
+
 def test_who_reads_late_gets_everything(transport, broker):
     """What the transport has no room for waits, and goes out as soon as there is some."""
     slow, other = broker.client(transport), broker.client()
     asked: list[int] = []
     while (
-        not broker.loop._slow and len(asked) < 20_000
+        not (broker.loop._slow or broker.loop._stalled) and len(asked) < 20_000
     ):  # how much there is room for depends on how frames fall together
         asked.append(len(asked))
         slow.send(m.Status(asked[-1]))
         assert other.alive()
-    assert broker.loop._slow  # it has no room
+    assert broker.loop._slow or broker.loop._stalled  # it has no room
     got: list[int] = []
     while len(got) < len(asked):
         got += [answer.request for answer in slow.receive() if isinstance(answer, m.Report)]

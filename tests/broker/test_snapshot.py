@@ -13,6 +13,8 @@ from tests.broker.test_core_machine import CoreMachine
 from trtpool.broker import events as e
 from trtpool.broker.core import Core
 from trtpool.broker.invariants import validate
+from trtpool.broker.journal import REQUEST_BYTES, SLOT_BYTES
+from trtpool.broker.reporting import report
 from trtpool.broker.snapshot import restore, save
 from trtpool.ipc import messages as m
 
@@ -123,6 +125,38 @@ def test_ids_are_not_used_again() -> None:
     rig.die()
     after = rig.lease(1)
     assert after > before
+
+
+def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
+    """Each slot a lease and a work of its own, the others running, all numbers as large as they get."""
+    slots, large = 512, 2**62
+    core = Core(layouts((slots, 1, 1)), gpus=64, batch_timeout_s=60, started_ns=large)
+    core._next_lease = core._next_batch = core._next_timer = large
+    now, peers, workers = large, range(2**40, 2**40 + 4), range(2**41, 2**41 + 2)
+    sent = 0
+    for worker in workers:
+        core.handle(e.WorkerJoined(worker, 2**22), now)
+        core.handle(e.Received(worker, m.Ready("x" * 4096, 64, 63)), now)
+    for peer in peers:
+        core.handle(e.ProducerJoined(peer), now)
+    for peer in peers:
+        for request in range(slots // len(peers)):
+            core.handle(e.Received(peer, m.Lease(large + request, 0, 1, large)), now)
+    core.handle(e.TurnEnded(), now)
+    for peer in peers:
+        for lease in list(core.producers[peer].leases):
+            core.handle(e.Received(peer, m.Submit(lease, 0, 1, 2**63 - 1, 1, large, 1, None)), now)
+        for request in range(core.max_waiting):
+            core.handle(e.Received(peer, m.Lease(large + slots + request, 0, 1, large)), now)
+    for action in core.handle(e.TurnEnded(), now):
+        if isinstance(action, e.Send) and isinstance(action.message, m.Run):
+            sent += len(m.encode([action.message]))
+    validate(core)
+    assert report(core).models[0].queued + report(core).models[0].running == slots
+    assert all(producer.waiting == core.max_waiting for producer in core.producers.values())
+    requests, others = len(peers) * core.max_waiting, 8192 * (len(peers) + len(workers))
+    assert sent > 0
+    assert len(save(core)) + sent <= SLOT_BYTES * slots + REQUEST_BYTES * requests + others
 
 
 def test_bytes_that_are_no_snapshot_are_refused() -> None:

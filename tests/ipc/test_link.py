@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import threading
+import weakref
 from collections.abc import Iterator
 
 import msgspec
@@ -16,7 +18,7 @@ from trtpool.ipc.client import Client
 from trtpool.ipc.errors import InvalidInput, PoolClosed, ProtocolError
 from trtpool.ipc.lifeline import Description, receive_description
 from trtpool.ipc.lifeline import connect as connect_lifeline
-from trtpool.ipc.link import MAX_SENT, TRANSPORTS, Link
+from trtpool.ipc.link import MAX_SENT, TRANSPORTS, Attendant, Link, ZmqLink
 from trtpool.ipc.settings import MAX_FRAME_BYTES
 
 
@@ -136,3 +138,33 @@ def test_the_pool_ends_while_one_connects(pool, transport):
 def test_a_transport_that_is_not_there(pool):
     with pytest.raises(InvalidInput, match="there is no transport 'pigeon'; there are lifeline, zmq"):
         Client(pool.run_dir, "pigeon")
+
+
+def test_an_idle_client_over_zeromq_notices_what_comes_over_its_lifeline(pool):
+    client = Client(pool.run_dir, "zmq")
+    link = client.session.link
+    assert isinstance(link, ZmqLink)
+    assert link._attendant is not None
+    pool.kill()
+    link._attendant.join(NET_S)  # nobody uses the client meanwhile
+    assert not link._attendant.is_alive()
+    assert link.ended
+    client.close()
+
+
+def test_a_closed_client_leaves_no_thread(pool):
+    clients = [Client(pool.run_dir, "zmq") for _ in range(3)]
+    assert Attendant.count() == 3
+    for client in clients:
+        client.close()
+    assert Attendant.count() == 0
+
+
+def test_a_client_that_nobody_has_is_not_kept_by_its_thread(pool):
+    clients = [Client(pool.run_dir, "zmq")]
+    session = weakref.ref(clients[0].session)
+    with pytest.warns(ResourceWarning, match="was dropped without close"):
+        clients.clear()
+    gc.collect()
+    assert session() is None
+    assert Attendant.count() == 0

@@ -37,8 +37,10 @@ FIELDS = {
     "body": st.binary(max_size=200),
     "text": text,
     "device": text,
+    "endpoint": text,
     "gpu": st.none() | u31,
     **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "said"), u63),
+    **dict.fromkeys(("heard", "frames"), u63),
     **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns"), u63),
     **dict.fromkeys(("version", "model", "first", "status", "attempt", "code", "again"), u31),
 }
@@ -166,7 +168,7 @@ def test_a_client_refuses(frame):
     assert refused(m.decode_from_broker, frame).startswith(f"the broker sent {len(frame)} bytes")
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TO_BROKER + FROM_BROKER if kind is not m.Bye])
+@pytest.mark.parametrize("kind", [kind for kind in TO_BROKER + FROM_BROKER if kind not in (m.Bye, m.Heard)])
 def test_messages_go_one_way(kind):
     other_way = m.decode_from_broker if kind in TO_BROKER else m.decode_to_broker
 

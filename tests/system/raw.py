@@ -13,7 +13,7 @@ import zmq
 from tests.system.rig import PATIENCE_S
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
-from trtpool.ipc.pipe import FRAME_BYTES
+from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, Post
 from trtpool.ipc.settings import PROTOCOL_VERSION
 
 
@@ -32,6 +32,7 @@ class Raw:
         sock.settimeout(PATIENCE_S)
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.dealer = self.new_dealer() if transport == "zmq" else None
+        self.post = Post()
         if greet:
             (welcome,) = self.ask(self.hello)
             assert isinstance(welcome, m.Welcome)
@@ -56,8 +57,15 @@ class Raw:
         self.send_frame(m.encode(messages))
 
     def receive(self) -> list[m.FromBroker]:
-        """The next frame."""
-        return m.decode_from_broker(self.dealer.recv() if self.dealer else self.lifeline.recv(FRAME_BYTES))
+        """The next frame; over ZeroMQ the broker is told now and then that frames were heard."""
+        while True:
+            messages = m.decode_from_broker(self.dealer.recv() if self.dealer else self.lifeline.recv(FRAME_BYTES))
+            self.post.heard += 1
+            if self.dealer and self.post.owes >= HEARD_ALONE:
+                self.send(self.post.say_heard())
+            messages = [message for message in messages if not isinstance(message, m.Heard)]
+            if messages:
+                return messages
 
     def ask(self, *messages: Any) -> list[m.FromBroker]:
         """Send a frame and receive the next."""

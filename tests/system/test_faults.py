@@ -321,6 +321,18 @@ def test_a_worker_is_replaced_though_kept_clients_hold_all_descriptors_of_the_su
         assert [answer(one) for one in work] == [-1, -2]
 
 
+def test_a_client_that_would_not_outlive_the_broker_is_refused(pool, client):
+    """The supervisor has no descriptors to keep it with; the broker has."""
+    with (
+        descriptors_left(pool.pid, 0),
+        pytest.raises(trtpool.AccessDenied, match=r"can take no more clients: .*raise its limit \(ulimit -n\)"),
+    ):
+        pool.connect()
+    with pool.connect() as other:
+        os.kill(pool.broker, signal.SIGKILL)
+        assert answer(submit(other, 2)) == -2
+
+
 def test_a_client_that_no_descriptor_is_left_for_is_told_so(pool, client):
     """Its connection takes the last one; the broker needs one more to watch its process."""
     with (

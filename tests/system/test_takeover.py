@@ -37,9 +37,15 @@ def pool(negate: Path, run_dir: Path) -> Iterator[StartedPool]:
             end(pool)
 
 
+@pytest.fixture(params=["lifeline", "zmq"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """What carries a client's messages."""
+    return str(request.param)
+
+
 @pytest.fixture
-def client(pool: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
-    with pool.connect() as connected:
+def client(pool: StartedPool, transport: str, request: pytest.FixtureRequest) -> Iterator[trtpool.Client]:
+    with pool.connect(transport) as connected:
         yield connected
     request.node.funcargs.pop("client", None)  # else pytest would hold it, and it the arena, when leaks are looked for
 
@@ -103,8 +109,8 @@ def test_messages_that_a_broker_has_not_read_are_read_by_the_next(pool: StartedP
     wait_all_free(client)
 
 
-def test_a_request_that_waits_is_granted_by_the_next(pool: StartedPool, client: trtpool.Client) -> None:
-    with pool.connect() as other:
+def test_a_request_that_waits_is_granted_by_the_next(pool: StartedPool, client: trtpool.Client, transport: str) -> None:
+    with pool.connect(transport) as other:
         held = client.lease_many(14)
         granted: list[trtpool.Leases] = []
         asking = threading.Thread(target=lambda: granted.append(other.lease_many(8, timeout_s=60)))
@@ -120,13 +126,13 @@ def test_a_request_that_waits_is_granted_by_the_next(pool: StartedPool, client: 
         wait_all_free(client)
 
 
-def test_who_connects_while_there_is_no_broker_is_served_by_the_next(pool: StartedPool) -> None:
+def test_who_connects_while_there_is_no_broker_is_served_by_the_next(pool: StartedPool, transport: str) -> None:
     broker = pool.broker
     os.kill(broker, signal.SIGSTOP)
     answers: list[list[float]] = []
 
     def connect_and_infer() -> None:
-        with pool.connect() as late:
+        with pool.connect(transport) as late:
             answers.append(late.infer(x=ones(3))["y"].tolist())
 
     threads = [threading.Thread(target=connect_and_infer) for _ in range(4)]
@@ -147,12 +153,12 @@ def test_a_worker_and_the_broker_killed_together(pool: StartedPool, client: trtp
     wait_all_free(client)
 
 
-def test_a_producer_and_the_broker_killed_together(pool: StartedPool, client: trtpool.Client) -> None:
+def test_a_producer_and_the_broker_killed_together(pool: StartedPool, client: trtpool.Client, transport: str) -> None:
     code = """
         leases = pool.lease_many(6)
         wait("leased")
     """
-    with producer(pool, code) as other:
+    with producer(pool, code, transport=transport) as other:
         assert other.line() == "leased"
         os.kill(pool.broker, signal.SIGSTOP)
         other.kill()
@@ -172,27 +178,6 @@ def test_stopping_right_after_a_brokers_death_delivers_what_is_in_flight(
     assert pool.wait() == 0
 
 
-def test_a_zeromq_client_is_told_that_its_broker_ended(pool: StartedPool, client: trtpool.Client) -> None:
-    """Its slots come back with its process, of which the next broker knows."""
-    code = """
-        work = pool.lease().submit()
-        wait("submitted")
-        try:
-            work.result(timeout_s=60)
-        except trtpool.PoolClosed as error:
-            assert "ended unexpectedly" in str(error), error
-            wait("told")
-    """
-    with pool.stopped_worker(), producer(pool, code, transport="zmq") as other:
-        assert other.line() == "submitted"
-        kill_broker(pool)
-        other.say()
-        assert other.line() == "told"
-        other.say()
-        assert other.wait() == 0
-    assert answer(submit(client, 2)) == -2
-
-
 LOAD = """
     import collections
     number, count, batch = (int(word) for word in sys.argv[2:5])
@@ -210,10 +195,13 @@ LOAD = """
 """
 
 
-def test_brokers_killed_again_and_again_under_load_lose_nothing(negate: Path, run_dir: Path) -> None:
+def test_brokers_killed_again_and_again_under_load_lose_nothing(negate: Path, run_dir: Path, transport: str) -> None:
     moments = random.Random(4)
-    with StartedPool(negate, run_dir=run_dir, max_batch=4, slots=48, workers=2) as pool, pool.connect() as client:
-        loads = [producer(pool, LOAD, number, 4000, 1 + 3 * number) for number in range(1, 4)]
+    with (
+        StartedPool(negate, run_dir=run_dir, max_batch=4, slots=48, workers=2) as pool,
+        pool.connect(transport) as client,
+    ):
+        loads = [producer(pool, LOAD, number, 4000, 1 + 3 * number, transport=transport) for number in range(1, 4)]
         kills = 0
         try:
             while any(load.popen.poll() is None for load in loads) and kills < 12:
@@ -243,7 +231,9 @@ def test_brokers_killed_again_and_again_under_load_lose_nothing(negate: Path, ru
         end(pool)
 
 
-def test_clients_that_leave_are_forgotten_by_the_supervisor_too(pool: StartedPool, client: trtpool.Client) -> None:
+def test_clients_that_leave_are_forgotten_by_the_supervisor_too(
+    pool: StartedPool, client: trtpool.Client, transport: str
+) -> None:
     assert np.all(client.infer(x=ones(1))["y"] == -1)
     kill_broker(pool)
     client.status()
@@ -252,9 +242,9 @@ def test_clients_that_leave_are_forgotten_by_the_supervisor_too(pool: StartedPoo
         pool.infer(x=np.ones(4, np.float32))
     """
     for _ in range(3):
-        with producer(pool, code) as other:
+        with producer(pool, code, transport=transport) as other:
             other.succeed()
-    with producer(pool, code) as other:
+    with producer(pool, code, transport=transport) as other:
         other.succeed()
         kill_broker(pool)
     client.status()
