@@ -164,6 +164,7 @@ class Session:
         self._pending: dict[int, Submitted] = {}
         self._outgoing: list[m.Message] = []
         self._urgent = False  # whether `_outgoing` must not wait for the next Submit
+        self._unsaid = 0  # slots that were released, in `_outgoing`
         self._finished: deque[Submitted] = deque()
         self._dropped: deque[Kept] = deque()
         self._kept: set[Kept] = set()
@@ -505,8 +506,10 @@ class Session:
         state.steps = state.steps + 1 if state.step == count else 1
         state.step = count
         self._outgoing.append(m.Release(lease_id, at, count))
-        # With a spare in hand the next Submit is near, and takes the Release along.
-        self._urgent = self._urgent or not state.spares
+        self._unsaid += count
+        # With a spare in hand the next Submit is near, and takes the Release along.  If none comes after all, the
+        # broker allows for as many slots as were granted in advance, and no more: see `trtpool.broker.recall`.
+        self._urgent = self._urgent or not state.spares or self._unsaid > sum(spare.count for spare in state.spares)
 
     def _has_afterwork(self) -> bool:
         return bool(self._finished or self._dropped)
@@ -569,6 +572,7 @@ class Session:
         if self._over is not None or self.closed:
             return False
         outgoing, self._outgoing = self._outgoing, []
+        self._unsaid = 0
         self.link.send(outgoing)
         return True
 
