@@ -9,7 +9,9 @@ from tests.broker.test_core import grants, run_of
 from trtpool.broker import events as e
 from trtpool.broker import recall
 from trtpool.ipc import messages as m
+from trtpool.ipc.errors import ConfigError
 from trtpool.ipc.report import HolderReport
+from trtpool.ipc.settings import ModelSource, PoolSettings
 
 S = 1000 * MS
 TIMEOUT_S = 10
@@ -369,3 +371,10 @@ def test_holders_that_are_not_known_by_pid_are_each_their_own():
     rig.lease(1, 4)
     rig.lease(2, 2)
     assert [one.idle for one in recall.holders(rig.core, rig.core.models[0])] == [4, 2]
+
+
+def test_evicting_needs_a_time():
+    model = (ModelSource("/m.onnx", "m"),)
+    with pytest.raises(ConfigError, match="--evict with --recall-timeout-s 0 would never evict"):
+        PoolSettings(models=model, run_dir="/run", evict=True, recall_timeout_s=0)
+    PoolSettings(models=model, run_dir="/run", recall_timeout_s=0)
