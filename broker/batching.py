@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from trtpool.ipc import messages as m
+from trtpool.ipc.settings import BULK
 
 if TYPE_CHECKING:
     from .records import LeaseRecord
@@ -36,13 +37,14 @@ class Work:
         deadline_ns: when it is dropped if still queued; 0: never.
         again: slots to grant to its producer when it is done.
         gpu: the pool's number for the GPU that alone may run it; None: any.
+        priority: its class, see `trtpool.ipc.settings.PRIORITIES`.
         passed: how often a younger one was taken before it.
         attempts: how often it ended a worker, or failed, alone.
     """
 
     __slots__ = (
-        "again", "at", "attempts", "count", "deadline_ns", "first", "gpu", "items", "lease", "passed", "queued_ns",
-        "seq",
+        "again", "at", "attempts", "count", "deadline_ns", "first", "gpu", "items", "lease", "passed", "priority",
+        "queued_ns", "seq",
     )  # fmt: skip
 
     def __init__(
@@ -57,6 +59,7 @@ class Work:
         again: int,
         *,
         gpu: int | None = None,
+        priority: int = BULK,
     ) -> None:
         self.lease = lease
         self.at = at
@@ -68,13 +71,15 @@ class Work:
         self.deadline_ns = deadline_ns
         self.again = again
         self.gpu = gpu
+        self.priority = priority
         self.passed = 0
         self.attempts = 0
 
     def split(self, count: int, items_per_slot: int) -> Work:
         """Cut the first `count` slots off, which become a Work of their own; this one keeps the rest."""
         items = count * items_per_slot
-        head = Work(self.lease, self.at, count, items, self.seq, self.queued_ns, self.deadline_ns, 0, gpu=self.gpu)
+        times = (self.queued_ns, self.deadline_ns)
+        head = Work(self.lease, self.at, count, items, self.seq, *times, 0, gpu=self.gpu, priority=self.priority)
         head.attempts, head.passed = self.attempts, self.passed
         self.at += count
         self.first += count
@@ -88,7 +93,7 @@ def _slot_order(work: Work) -> int:
 
 
 class WorkQueue:
-    """Queued work of one model and for one GPU, or for any, oldest first."""
+    """Queued work of one model and one class, and for one GPU, or for any, oldest first."""
 
     def __init__(self, items_per_slot: int) -> None:
         self.items = 0
@@ -116,22 +121,25 @@ class WorkQueue:
         kept = deque(work for work in self._works if work not in gone)
         self._reset(kept)
 
-    def take(self, max_items: int) -> list[Work]:
-        """Take the next batch, at most `max_items` items, in slot order.  The queue must not be empty."""
+    def take(self, max_items: int, max_works: int = MAX_WORKS) -> list[Work]:
+        """Take the next batch, at most `max_items` items, in slot order.  The queue must not be empty.
+
+        Only if there is room for less than a slot can there be nothing that fits.
+        """
         works = self._works
-        if self.items <= max_items and len(works) <= MAX_WORKS:
+        if self.items <= max_items and len(works) <= max_works:
             batch = sorted(works, key=_slot_order) if len(works) > 1 else list(works)
             self._works = deque()
             self.items = self.slots = 0
             return batch
-        batch = self._take_window(max_items)
+        batch = self._take_window(max_items, max_works)
         batch.sort(key=_slot_order)
         for work in batch:
             self.items -= work.items
             self.slots -= work.count
         return batch
 
-    def _take_window(self, max_items: int) -> list[Work]:
+    def _take_window(self, max_items: int, max_works: int) -> list[Work]:
         window: list[Work] = []
         depth = 0
         while self._works and depth < WINDOW_BATCHES * max_items:
@@ -140,7 +148,7 @@ class WorkQueue:
             depth += work.items
         starved = any(work.passed >= MAX_PASSED for work in window)
         order = window if starved else self._by_neighbourhood(window, max_items)
-        batch, chosen = self._fill(order, max_items)
+        batch, chosen = self._fill(order, max_items, max_works)
         youngest = max((index for index, work in enumerate(window) if work in chosen), default=0)
         for work in window[:youngest]:
             if work not in chosen:
@@ -198,12 +206,12 @@ class WorkQueue:
         if chain:
             yield chain
 
-    def _fill(self, order: list[Work], max_items: int) -> tuple[list[Work], set[Work]]:
+    def _fill(self, order: list[Work], max_items: int, max_works: int) -> tuple[list[Work], set[Work]]:
         """The first works of `order` that fit, the last cut to fit; also as a set, without the cut one."""
         batch: list[Work] = []
         chosen: set[Work] = set()
         room = max_items
-        for work in order[:MAX_WORKS]:
+        for work in order[:max_works]:
             if work.items <= room:
                 batch.append(work)
                 chosen.add(work)
@@ -219,6 +227,19 @@ class WorkQueue:
         self._works = works
         self.items = sum(work.items for work in works)
         self.slots = sum(work.count for work in works)
+
+
+def take_both(leading: WorkQueue, following: WorkQueue, max_items: int) -> tuple[list[Work], bool]:
+    """Take a batch, in slot order, of one class, and fill what is left of it with the other.
+
+    Returns also whether there is any of the other: if so, its oldest.  `leading` must not be empty.
+    """
+    batch = leading.take(max_items)
+    room = max_items - sum(work.items for work in batch)
+    if not (room and len(following) and len(batch) < MAX_WORKS):
+        return batch, False
+    filling = following.take(room, MAX_WORKS - len(batch))
+    return sorted(batch + filling, key=_slot_order), bool(filling)
 
 
 def rows_of(batch: list[Work], items_per_slot: int, segment: int = 0) -> list[m.Rows]:

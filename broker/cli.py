@@ -23,6 +23,7 @@ from trtpool.ipc.remote import connect
 from trtpool.ipc.settings import (
     DEFAULT_BATCH_TIMEOUT_S,
     DEFAULT_LANES,
+    DEFAULT_RECALL_TIMEOUT_S,
     DEFAULT_START_TIMEOUT_S,
     FLAVOURS,
     EngineSettings,
@@ -217,6 +218,14 @@ def cli() -> None:
     show_default=True,
     help="How long a worker may take to become ready before it is killed; 0: for ever.",
 )
+@click.option(
+    "--recall-timeout-s",
+    type=click.FloatRange(0, 86_400),
+    default=DEFAULT_RECALL_TIMEOUT_S,
+    show_default=True,
+    help="How long a client may hold idle slots while others wait before it is reported; 0: for ever.",
+)
+@click.option("--evict", is_flag=True, help="Kill the process of such a client if those who wait need its slots.")
 def start(
     *,
     models: tuple[str, ...],

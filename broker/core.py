@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, TypeAlias
 
 import msgspec
 
@@ -19,7 +19,8 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.settings import MAX_ATTEMPTS, MAX_WAITING_REQUESTS
 
-from .batching import Work, halves, rows_of
+from . import recall
+from .batching import Work, halves, rows_of, take_both
 from .events import (
     Action,
     Drain,
@@ -65,6 +66,12 @@ STOOD_STILL_NS: Final = 1_000_000_000
 that was paused, a machine without memory.  None of them is taken for hung because of that."""
 
 
+OVERTAKES: Final = 4
+"""Interactive work goes first, but of the batches that a worker is sent while older bulk work waits, at most so many in
+a row: the next begins with the oldest bulk work.  The same holds for grants of a model's slots.  So bulk keeps a fifth,
+and more while interactive batches have room left."""
+
+
 class _Refused(Exception):
     """A message is illegal now; answered with an Error."""
 
@@ -78,8 +85,16 @@ def _oldest_ns(line: Line) -> int:
     return line.queue.oldest.queued_ns
 
 
+def _oldest_urgent_ns(line: Line) -> int:
+    return line.urgent.oldest.queued_ns
+
+
 def _oldest_suspect_ns(line: Line) -> int:
     return line.suspects[0].queued_ns
+
+
+Timed: TypeAlias = Request | Work | Line | Worker | Model
+"""What there are timers for."""
 
 
 class Core:
@@ -88,7 +103,8 @@ class Core:
     Args:
         models: the layout of each model, in the order that messages number them.
         max_slots_per_producer: see `PoolSettings`.
-        max_delay_us, batch_timeout_s: see `PoolSettings`.
+        max_delay_us, batch_timeout_s, recall_timeout_s, evict: see `PoolSettings`.
+        owner_pid: the process that the pool is part of, which is never evicted; 0: none.
         gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
     """
@@ -100,6 +116,9 @@ class Core:
         max_slots_per_producer: int = 0,
         max_delay_us: int = 0,
         batch_timeout_s: float = 0.0,
+        recall_timeout_s: float = 0.0,
+        evict: bool = False,
+        owner_pid: int = 0,
         gpus: int = 0,
         name: str = "default",
         epoch: int = 1,
@@ -111,12 +130,15 @@ class Core:
         ]
         self._max_delay_ns = max_delay_us * 1000
         self.batch_timeout_ns = int(batch_timeout_s * 1e9)
+        self.recall_timeout_ns = int(recall_timeout_s * 1e9)
+        self.evicts = evict
+        self.owner_pid = owner_pid
         self.gpus = gpus
         self.name, self.epoch, self.arena_bytes, self.started_ns = name, epoch, arena_bytes, started_ns
         self.producers: dict[int, Producer] = {}
         self.workers: dict[int, Worker] = {}
         self.serving: list[Worker] = []  # those that may be sent work
-        self._timers: list[tuple[int, int, Request | Work | Line | Worker]] = []
+        self._timers: list[tuple[int, int, Timed]] = []
         self._actions: list[Action] = []
         self.now_ns = started_ns
         self._next_lease = 1
@@ -125,6 +147,7 @@ class Core:
         self._prune_at = PRUNE_TIMERS
         self.draining = False
         self._drained = False
+        self.urgent = 0  # interactive works that are queued
         self.suspects = 0  # groups of work that must run alone, waiting or running
         self.violations = 0
         self._events = 0
@@ -172,7 +195,7 @@ class Core:
     def _send(self, peer: int, message: m.FromBroker) -> None:
         self._actions.append(Send(peer, message))
 
-    def _start_timer(self, when_ns: int, what: Request | Work | Line | Worker) -> None:
+    def _start_timer(self, when_ns: int, what: Timed) -> None:
         self._next_timer += 1
         heapq.heappush(self._timers, (when_ns, self._next_timer, what))
         if len(self._timers) >= self._prune_at:  # far deadlines of work that ended long ago would pile up
@@ -181,11 +204,11 @@ class Core:
             self._prune_at = max(PRUNE_TIMERS, 2 * len(self._timers))
 
     @staticmethod
-    def _is_due(what: Request | Work | Line | Worker) -> bool:
+    def _is_due(what: Timed) -> bool:
         """Whether a timer still has something to do."""
         if isinstance(what, Request):
             return not what.over
-        if isinstance(what, Worker):
+        if isinstance(what, (Worker, Model)):
             return what.watched
         return isinstance(what, Line) or what.lease.states[what.at] == State.QUEUED
 
@@ -232,7 +255,7 @@ class Core:
     # ------------------------------------------------------------------ peers
 
     def _producer_joined(self, event: ProducerJoined) -> None:
-        self.producers[event.peer] = Producer(event.peer, len(self.models))
+        self.producers[event.peer] = Producer(event.peer, len(self.models), event.pid)
         self._send(event.peer, m.Welcome(self.epoch, event.peer, [model.cap for model in self.models]))
 
     def _worker_joined(self, event: WorkerJoined) -> None:
@@ -282,8 +305,8 @@ class Core:
 
     def _forget_requests(self, producer: Producer) -> None:
         for model in self.models:
-            for request in model.waiting:
-                if request.producer is producer and not request.over:
+            for request in model.requests():
+                if request.producer is producer:
                     request.end()
 
     def _unqueue(self, producer: Producer) -> list[Work]:
@@ -301,6 +324,10 @@ class Core:
             if queued:
                 line.queue.remove(set(queued))
                 removed += queued
+            if len(line.urgent) and (urgent := [work for work in line.urgent if chosen(work)]):
+                line.urgent.remove(set(urgent))
+                self.urgent -= len(urgent)
+                removed += urgent
             if line.suspects:
                 for suspect in line.suspects:
                     removed += [work for work in suspect.works if chosen(work)]
@@ -352,55 +379,106 @@ class Core:
             self._lease_now(producer, model, message)
             return
         deadline = 0 if message.wait_ns is None else self.now_ns + message.wait_ns
-        waiting = Request(producer, model, request, message.count, deadline)
-        model.waiting.append(waiting)
+        waiting = Request(producer, model, request, message.count, deadline, message.priority)
+        (model.urgent if message.priority else model.waiting).append(waiting)
         if deadline:
             self._start_timer(deadline, waiting)
 
     def _lease_now(self, producer: Producer, model: Model, message: m.Lease) -> None:
-        """Grant at once or refuse.  Those who came before go first, unless only their own cap holds them up."""
-        self._serve_waiting(model)
-        may = self._may_hold(producer, model, message.count) and not self._is_short(model)
+        """Grant at once or refuse.  Those who came before go first, unless only their own cap holds them up.
+
+        An interactive one passes by the bulk ones, in its turn.
+        """
+        may = self._may_hold(producer, model, message.count)
+        if may and (model.waiting or model.urgent):
+            self._serve_waiting(model)
+            may = self._may_go_first(producer, model, message)
         if not (may and self._grant(producer, model, message.request, message.count)):
             raise _Refused(m.BUSY, self._busy_text(producer, model, message.count), message.request)
 
+    def _may_go_first(self, producer: Producer, model: Model, message: m.Lease) -> bool:
+        """Whether nobody who waits goes before one that asks now."""
+        if not self._may_hold(producer, model, message.count) or self._is_any_short(model.urgent):
+            return False
+        if self._is_any_short(model.waiting):
+            if not message.priority or model.overtaken >= OVERTAKES or model.ring.free < message.count:
+                return False
+            model.overtaken += 1
+        return True
+
     def _is_short(self, model: Model) -> bool:
         """Whether somebody waits for room, and not only below its own cap."""
-        return any(not one.over and self._may_hold(one.producer, model, one.count) for one in model.waiting)
+        return self._is_any_short(model.urgent) or self._is_any_short(model.waiting)
+
+    def _is_any_short(self, requests: Iterable[Request]) -> bool:
+        return any(not one.over and self._may_hold(one.producer, one.model, one.count) for one in requests)
 
     @staticmethod
     def _may_hold(producer: Producer, model: Model, count: int) -> bool:
         """Whether `count` slots more leave the producer within its cap."""
         return producer.held[model.index] + count <= model.cap
 
-    def _busy_text(self, producer: Producer, model: Model, count: int) -> str:
+    def _busy_text(self, producer: Producer, model: Model, count: int, idle: str = "") -> str:
         held = producer.held[model.index]
         return (
             f"{count} slots of model {model.layout.spec.name!r} did not come free in time: {model.ring.free} of "
-            f"{model.layout.slots} are free and this client holds {held} of at most {model.cap}; "
+            f"{model.layout.slots} are free and this client holds {held} of at most {model.cap}{idle}; "
             "release results sooner (kept arrays keep their slots), wait longer, or start the pool with more --slots"
         )
 
     def _serve_waiting(self, model: Model) -> None:
-        """Grant in order of arrival.  One that is at its own cap is passed by; one that lacks room blocks the rest."""
-        kept: list[Request] = []
-        waiting = model.waiting
-        while waiting:
-            request = waiting.popleft()
-            if request.over:
-                continue
-            producer = request.producer
-            if not self._may_hold(producer, model, request.count):
-                kept.append(request)
-                continue
-            if not self._grant(producer, model, request.request, request.count):
-                kept.append(request)
-                if not request.recalled:
-                    request.recalled = True
-                    self._recall(model, besides=producer)
+        """Grant in order of arrival, interactive requests first, but see `OVERTAKES`.
+
+        One that is at its own cap is passed by; one that lacks room blocks the rest, of either class.
+        """
+        passed: tuple[list[Request], list[Request]] = ([], [])
+        while True:
+            request = self._first(model.urgent, passed[1]) if model.urgent else None
+            bulk = self._first(model.waiting, passed[0])
+            if bulk is not None and (request is None or model.overtaken >= OVERTAKES):
+                request = bulk
+            if request is None:
+                model.short_ns = 0
                 break
+            if not self._grant(request.producer, model, request.request, request.count):
+                self._lacks_room(request)
+                break
+            (model.waiting if request is bulk else model.urgent).popleft()
             request.end()
-        waiting.extendleft(reversed(kept))
+            model.overtaken = 0 if request is bulk else model.overtaken + (bulk is not None)
+        model.waiting.extendleft(reversed(passed[0]))
+        model.urgent.extendleft(reversed(passed[1]))
+
+    def _first(self, waiting: deque[Request], passed: list[Request]) -> Request | None:
+        """The first request that is not at its own cap; those before it go to `passed`."""
+        while waiting:
+            request = waiting[0]
+            if not request.over:
+                if self._may_hold(request.producer, request.model, request.count):
+                    return request
+                passed.append(request)
+            waiting.popleft()
+        return None
+
+    def next_request(self, model: Model) -> Request | None:
+        """The one that `_serve_waiting` would grant now, had it room."""
+        bulk, urgent = (
+            next((one for one in waiting if not one.over and self._may_hold(one.producer, model, one.count)), None)
+            for waiting in (model.waiting, model.urgent)
+        )
+        return bulk if urgent is None or (bulk is not None and model.overtaken >= OVERTAKES) else urgent
+
+    def _lacks_room(self, request: Request) -> None:
+        """Recall what others hold idle, once for each request, and look after it until nobody waits."""
+        model = request.model
+        if not request.recalled:
+            request.recalled = True
+            self._recall(model, besides=request.producer)
+        if self.recall_timeout_ns and not model.short_ns:
+            model.short_ns = self.now_ns
+            if not model.watched:
+                model.watched = True
+                self._start_timer(self.now_ns + self.recall_timeout_ns, model)
 
     def _recall(self, model: Model, besides: Producer) -> None:
         """Ask the others for slots that they hold and have not submitted."""
@@ -424,6 +502,7 @@ class Core:
             producer.leases[lease.id] = lease
             leases.append((lease.id, m.SlotRun(segment, first, length)))
         producer.held[model.index] += count
+        producer.active_ns[model.index] = self.now_ns
         self._send(producer.peer, m.Grant(request, model.index, leases))
         return True
 
@@ -441,6 +520,7 @@ class Core:
         lease = self._find(producer, message)
         move(lease.states, SlotEvent.RELEASE, message.first, message.count)
         self._free(lease, message.first, message.count)
+        producer.active_ns[lease.model.index] = self.now_ns
         if producer.closed:
             self._forget_if_empty(producer)
 
@@ -480,10 +560,18 @@ class Core:
             self._check_gpu(gpu)
         move(lease.states, SlotEvent.SUBMIT, message.first, count)
         lease.seq = message.seq
-        self._use_spare(lease)
-        deadline = 0 if message.deadline_ns is None else self.now_ns + max(1, message.deadline_ns)
-        work = Work(lease, message.first, count, items, message.seq, self.now_ns, deadline, message.again, gpu=gpu)
-        model.line(gpu).queue.add(work)
+        if lease.spare:
+            self._use_spare(lease)
+        producer.active_ns[model.index] = now_ns = self.now_ns
+        deadline = 0 if message.deadline_ns is None else now_ns + max(1, message.deadline_ns)
+        seq, again, priority = message.seq, message.again, message.priority
+        work = Work(lease, message.first, count, items, seq, now_ns, deadline, again, gpu=gpu, priority=priority)
+        line = model.line(gpu)
+        if priority:
+            line.urgent.add(work)
+            self.urgent += 1
+        else:
+            line.queue.add(work)
         if deadline:
             self._start_timer(deadline, work)
 
@@ -503,18 +591,20 @@ class Core:
     def _end(self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
         """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
         lease = work.lease
-        totals = lease.model.totals
+        producer, model = lease.producer, lease.model
+        totals = model.totals
         if status == m.OK:
             totals.items += work.items
         else:
             totals.failed_items += work.items
-        self._send(lease.producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
+        producer.active_ns[model.index] = self.now_ns
+        self._send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
 
     def _grant_again(self, work: Work) -> None:
         """Grant the slots that a Submit asked for in advance, if nobody goes short by it."""
         model, producer, count = work.lease.model, work.lease.producer, work.again
         if (
-            not (model.waiting and self._is_short(model))
+            not ((model.waiting or model.urgent) and self._is_short(model))
             and not self.draining
             and not producer.closed
             and model.ring.free - count >= model.layout.slots // SURPLUS
@@ -542,6 +632,9 @@ class Core:
                 continue
             queue_ns = batch.dispatched_ns - work.queued_ns
             totals.queue_ns += queue_ns * work.items
+            if work.priority:
+                totals.urgent_items += work.items
+                totals.urgent_queue_ns += queue_ns * work.items
             move(lease.states, SlotEvent.FINISH, work.at, work.count)
             self._end(work, m.OK, "", (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns))
             if work.again:
@@ -604,18 +697,18 @@ class Core:
     def _drain(self, _event: Drain) -> None:
         self.draining = True
         for model in self.models:
-            for request in model.waiting:
-                if not request.over:
-                    text = "the pool is stopping and grants no more slots"
-                    request.end()  # its timer must not answer it again
-                    self._send(request.producer.peer, m.Error(m.CLOSING, text, request.request))
+            for request in model.requests():
+                text = "the pool is stopping and grants no more slots"
+                request.end()  # its timer must not answer it again
+                self._send(request.producer.peer, m.Error(m.CLOSING, text, request.request))
             model.waiting.clear()
+            model.urgent.clear()
 
     def _turn_ended(self, _event: TurnEnded) -> None:
         if self._timers and self._timers[0][0] <= self.now_ns:
             self._fire_timers()
         for model in self.models:
-            if model.waiting:
+            if model.waiting or model.urgent or model.short_ns:
                 self._serve_waiting(model)
         if self.suspects:
             self._dispatch_suspect()
@@ -625,30 +718,53 @@ class Core:
             self._actions.append(Drained())
 
     def _has_work(self) -> bool:
-        return any(line.queue.items or line.suspects for model in self.models for line in model.lines) or any(
-            worker.batches for worker in self.workers.values()
+        return (
+            self.urgent > 0
+            or any(line.queue.items or line.suspects for model in self.models for line in model.lines)
+            or any(worker.batches for worker in self.workers.values())
         )
 
     def _fire_timers(self) -> None:
         dropped: dict[Model, set[Work]] = {}
-        late_requests = set()
+        late_requests = []
         while self._timers and self._timers[0][0] <= self.now_ns:
             when_ns, _, what = heapq.heappop(self._timers)
             if isinstance(what, Request):
                 if not what.over:
                     what.end()
-                    late_requests.add(what.model)
-                    text = self._busy_text(what.producer, what.model, what.count)
-                    self._send(what.producer.peer, m.Error(m.BUSY, text, what.request))
+                    late_requests.append(what)
             elif isinstance(what, Worker):
                 self._look_after(what, late_ns=self.now_ns - when_ns)
+            elif isinstance(what, Model):
+                self._look_for_idle(what, late_ns=self.now_ns - when_ns)
             elif isinstance(what, Work) and self._is_due(what):
                 dropped.setdefault(what.lease.model, set()).add(what)
-        for model in late_requests:  # those behind one that lacks room would else be kept as long as that waits
-            model.waiting = deque(request for request in model.waiting if not request.over)
+        if late_requests:
+            self._refuse_late(late_requests)
         for model, late in dropped.items():
             for work in self._withdraw(model, late.__contains__):
                 self._expire(work)
+
+    def _refuse_late(self, requests: list[Request]) -> None:
+        """Answer those who have waited long enough; the text says who holds what they waited for."""
+        holders = {model: recall.holders(self, model) for model in {request.model for request in requests}}
+        for one in requests:
+            idle = recall.blame(self, holders[one.model], one.producer)
+            text = self._busy_text(one.producer, one.model, one.count, idle)
+            self._send(one.producer.peer, m.Error(m.BUSY, text, one.request))
+        for model in holders:  # those behind one that lacks room would else be kept as long as that waits
+            model.waiting = deque(request for request in model.waiting if not request.over)
+            model.urgent = deque(request for request in model.urgent if not request.over)
+
+    def _look_for_idle(self, model: Model, late_ns: int) -> None:
+        """See what became of a recall, as long as anybody waits for room; a broker that stood still blames nobody."""
+        if not model.short_ns or not self._is_short(model):
+            model.watched = False
+            return
+        if late_ns > STOOD_STILL_NS:
+            model.short_ns = self.now_ns
+        self._actions += recall.overdue(self, model)
+        self._start_timer(recall.next_look_ns(self, model), model)
 
     def _look_after(self, worker: Worker, late_ns: int) -> None:
         """Have a worker ended whose oldest batch runs for too long, else look again when it would be too long."""
@@ -671,10 +787,13 @@ class Core:
             self._stop_serving(worker)
         self._actions.append(Hung(worker.peer, text))
 
-    def excuse_workers(self, now_ns: int) -> None:
-        """Nobody read for a while what workers said: their batches have the whole time-out from now on."""
+    def excuse_peers(self, now_ns: int) -> None:
+        """Nobody read for a while what peers said: batches and recalls have the whole time-out from now on."""
         for worker in self.workers.values():
             worker.oldest_ns = now_ns
+        for model in self.models:
+            if model.short_ns:
+                model.short_ns = now_ns
 
     def _expire(self, work: Work) -> None:
         move(work.lease.states, SlotEvent.DROP, work.at, work.count)
@@ -683,9 +802,9 @@ class Core:
 
     def _dispatch(self) -> None:
         """Make batches while there is a worker to take one."""
-        while (choice := self._choose()) is not None:
-            worker, line = choice
-            works = line.queue.take(line.model.max_batch)
+        while (choice := self._choose_by_class() if self.urgent else self._choose()) is not None:
+            worker, line, leads = choice
+            works = self._take(worker, line, leads=leads) if self.urgent else line.queue.take(line.model.max_batch)
             late = [work for work in works if work.deadline_ns and work.deadline_ns <= self.now_ns]
             for work in late:
                 self._expire(work)
@@ -693,29 +812,57 @@ class Core:
             if works:
                 self._run(worker, line, works, attempt=0, alone=False)
 
-    def _choose(self) -> tuple[Worker, Line] | None:
+    def _take(self, worker: Worker, line: Line, *, leads: bool) -> list[Work]:
+        """The line's next batch, which begins with interactive work if that `leads`, and is filled with the other."""
+        queues = (line.urgent, line.queue) if leads else (line.queue, line.urgent)
+        bulk = [one for model in self.models for one in model.lines if len(one.queue) and one.may_run_on(worker)]
+        oldest = min(bulk, key=_oldest_ns, default=None)
+        waiting = len(line.urgent)
+        works, is_filled = take_both(*queues, line.model.max_batch)
+        self.urgent += len(line.urgent) - waiting
+        has_oldest = not leads or oldest is None or (oldest is line and is_filled)
+        worker.overtaken = 0 if has_oldest else worker.overtaken + 1
+        return works
+
+    def _choose(self) -> tuple[Worker, Line, bool] | None:
         """The worker and the line of the next batch: of the oldest work that some worker takes now.
 
         A worker takes the oldest work that may run on it, and while it must not have that yet, nothing younger: else
         full batches could overtake one that is not full for ever.  While there are suspects, one worker is kept for
         them.
         """
+        due = self._due()
+        if not due:
+            return None
+        if len(due) == 1 and not self.suspects:  # as in most turns of most pools
+            worker = self._pick_worker(due[0], self.serving)
+            return None if worker is None else (worker, due[0], False)
+        placed = self._place(due, self._ready_for(due))
+        return None if placed is None else (*placed, False)
+
+    def _due(self) -> list[Line]:
+        """Lines of which bulk work may go, the one with the oldest first."""
         due = []
         for model in self.models:
             for line in model.lines:
                 if line.queue.items and not (self._max_delay_ns and self._held_back(line)):
                     due.append(line)  # noqa: PERF401  # a comprehension costs twice as much, each turn
-        if not due:
-            return None
-        workers = self.serving
         if len(due) > 1:
             due.sort(key=_oldest_ns)
-            if wanted := {line.gpu for line in due if line.gpu is not None}:
-                workers = sorted(workers, key=lambda one: one.gpu in wanted)  # what has a choice leaves these alone
+        return due
+
+    def _ready_for(self, due: list[Line]) -> list[Worker]:
+        """Workers that may be sent work, those last that alone may run some of it; the one for suspects is left out."""
+        workers = self.serving
+        if wanted := {line.gpu for line in due if line.gpu is not None} if len(due) > 1 else ():
+            workers = sorted(workers, key=lambda one: one.gpu in wanted)  # what has a choice leaves these alone
         if self.suspects and (kept := self._next_suspect()) is not None:
             workers = [one for one in workers if one is not kept[0]]
+        return workers
+
+    def _place(self, due: list[Line], workers: list[Worker], *, urgent: bool = False) -> tuple[Worker, Line] | None:
         for line in due:
-            worker = self._pick_worker(line, workers)
+            worker = self._pick_worker(line, workers, urgent)
             if worker is not None:
                 return worker, line
             if line.gpu is None:
@@ -723,21 +870,47 @@ class Core:
             workers = [one for one in workers if one.gpu != line.gpu]
         return None
 
+    def _choose_by_class(self) -> tuple[Worker, Line, bool] | None:
+        """The same while there is interactive work; also whether that leads the batch.
+
+        Workers that owe bulk a batch take nothing else.  All others take interactive work first: also in place of a
+        full batch of bulk work that would be sent ahead of a lane, since behind it there would be no lane for long.
+        """
+        bulk = self._due()
+        urgent = [line for model in self.models for line in model.lines if len(line.urgent)]
+        urgent.sort(key=_oldest_urgent_ns)
+        free: list[Worker] = []
+        owing: list[Worker] = []
+        for worker in self._ready_for(urgent + bulk):
+            owes = worker.overtaken >= OVERTAKES and any(line.may_run_on(worker) for line in bulk)
+            (owing if owes else free).append(worker)
+        if owing and (placed := self._place(bulk, owing)) is not None:
+            return (*placed, False)
+        if (placed := self._place(urgent, free, urgent=True)) is not None:
+            return (*placed, True)
+        if (placed := self._place(bulk, free)) is None:
+            return None
+        worker, line = placed
+        for other in urgent:
+            if other.may_run_on(worker):
+                return worker, other, True
+        return worker, line, False
+
     @staticmethod
-    def _pick_worker(line: Line, workers: list[Worker]) -> Worker | None:
+    def _pick_worker(line: Line, workers: list[Worker], urgent: bool = False) -> Worker | None:
         """The worker with the fewest batches among those that may have the line's next one.
 
         A full batch is sent even if all lanes are busy, one ahead of them, so that the worker need not wait for us.
         One that is not full had better grow here than wait in the device, which computes one batch while it copies
         another: a worker with several lanes gets it while it has less than these two, and one with a single lane is
-        sent it ahead if the model takes long to run.
+        sent it ahead if the model takes long to run.  With interactive work in it, it may use any free lane.
         """
         full = line.has_full_batch
         single = 1 + (line.model.run_ns >= SEND_AHEAD_NS)
         best = None
         for worker in workers:
             lanes, batches = worker.lanes, len(worker.batches)
-            credit = lanes + 1 if full else 2 if lanes > 1 else single
+            credit = lanes + 1 if full else (lanes if urgent else 2) if lanes > 1 else single
             if batches < credit and line.may_run_on(worker) and (best is None or batches < len(best.batches)):
                 best = worker
         return best
@@ -774,9 +947,10 @@ class Core:
     def _has_pinned(self, gpu: int | None, before_ns: int) -> bool:
         """Whether work that is pinned to this GPU was queued before."""
         return gpu is not None and any(
-            line.gpu == gpu and line.queue.items and line.queue.oldest.queued_ns < before_ns
+            line.gpu == gpu and len(queue) and queue.oldest.queued_ns < before_ns
             for model in self.models
             for line in model.lines
+            for queue in (line.queue, line.urgent)
         )
 
     def _dispatch_suspect(self) -> None:

@@ -8,9 +8,10 @@ from trtpool.ipc.messages import FromBroker, ToBroker
 
 
 class ProducerJoined(NamedTuple):
-    """A client proved who it is."""
+    """A client proved who it is; `pid` 0: its process cannot be told."""
 
     peer: int
+    pid: int = 0
 
 
 class WorkerJoined(NamedTuple):
@@ -85,8 +86,22 @@ class Hung(NamedTuple):
     text: str
 
 
+class Overdue(NamedTuple):
+    """A client holds slots that it does nothing with, and others have waited for them too long; said once a recall."""
+
+    peer: int
+    text: str
+
+
+class Evict(NamedTuple):
+    """The process of a client must end, so that others get its slots."""
+
+    peer: int
+    text: str
+
+
 class Drained(NamedTuple):
     """No work is left; said once, after Drain."""
 
 
-Action: TypeAlias = Send | Forget | WorkerReady | Hung | Drained
+Action: TypeAlias = Send | Forget | WorkerReady | Hung | Overdue | Evict | Drained

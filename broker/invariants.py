@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .batching import Work
-from .records import Line, Model
+from .records import Model
 from .slots import State
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def _validate_producers(core: Core) -> list[bytearray]:
                     taken[lease.model.index][slot] = 1
                     held[producer.peer][lease.model.index] += 1
         assert producer.held == held[producer.peer], "a producer's slots were miscounted"
-        asked = [one for model in core.models for one in model.waiting if one.producer is producer and not one.over]
+        asked = [one for model in core.models for one in model.requests() if one.producer is producer]
         assert producer.waiting == len(asked) <= core.max_waiting, "a producer's requests were miscounted"
         for model in core.models:
             assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
@@ -54,10 +54,12 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
     assert len({line.gpu for line in model.lines}) == len(model.lines), "a GPU has two lines"
     for line in model.lines:
         assert line.gpu is None or line.gpu < core.gpus, "there is a line for no GPU of the pool"
-        assert line.queue.items == sum(work.items for work in line.queue), "a queue lost count of items"
-        assert line.queue.slots == sum(work.count for work in line.queue), "a queue lost count of slots"
-        assert {work.gpu for work in _waiting(line)} <= {line.gpu}, "a work waits for another GPU than its own"
-    _validate_works(core, model, [work for line in model.lines for work in _waiting(line)], State.QUEUED)
+        for queue, is_urgent in ((line.queue, False), (line.urgent, True)):
+            assert queue.items == sum(work.items for work in queue), "a queue lost count of items"
+            assert queue.slots == sum(work.count for work in queue), "a queue lost count of slots"
+            assert all((work.priority > 0) == is_urgent for work in queue), "a work waits in another class's queue"
+        assert {work.gpu for work in line.waiting()} <= {line.gpu}, "a work waits for another GPU than its own"
+    _validate_works(core, model, [work for line in model.lines for work in line.waiting()], State.QUEUED)
     running = [
         work
         for worker in core.workers.values()
@@ -66,13 +68,18 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
         for work in batch.works
     ]
     _validate_works(core, model, running, State.RUNNING)
-    for request in model.waiting:
-        assert request.over or request.producer.peer in core.producers, "one that left still waits"
+    for request in model.requests():
+        assert request.producer.peer in core.producers, "one that left still waits"
+    for requests, is_urgent in ((model.waiting, False), (model.urgent, True)):
+        assert all((one.priority > 0) == is_urgent for one in requests), "a request waits in another class"
+    assert not model.short_ns or model.watched, "a recall is not looked after"
 
 
 def _validate_workers(core: Core) -> None:
     serving = {worker.peer for worker in core.workers.values() if worker.lanes and worker.said is None}
     assert {worker.peer for worker in core.serving} == serving, "it is not known who serves"
+    urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
+    assert core.urgent == urgent, "interactive works were miscounted"
     waiting = sum(len(line.suspects) for model in core.models for line in model.lines)
     alone = sum(batch.alone for worker in core.workers.values() for batch in worker.batches.values())
     assert core.suspects == waiting + alone, "suspects were miscounted"
@@ -84,10 +91,6 @@ def _validate_workers(core: Core) -> None:
         for batch in worker.batches.values():
             assert {work.gpu for work in batch.works} <= {batch.line.gpu} <= {None, worker.gpu}, "on another GPU"
             assert not batch.alone or len(worker.batches) == 1, "a suspect does not run alone"
-
-
-def _waiting(line: Line) -> list[Work]:
-    return [*line.queue, *(work for suspect in line.suspects for work in suspect.works)]
 
 
 def _validate_works(core: Core, model: Model, works: list[Work], state: State) -> None:

@@ -153,16 +153,16 @@ class Ledger:
         self.mail[peer] = Mail(worker=worker)
         self.decide(e.WorkerJoined(peer, pid), now_ns)
 
-    def join_over_zmq(self, peer: int, greeting: bytes, now_ns: int) -> None:
+    def join_over_zmq(self, peer: int, greeting: bytes, now_ns: int, pid: int = 0) -> None:
         """A producer joined by a frame over ZeroMQ."""
         self.journal.write(Kind.ZMQ, peer)
         self.mail[peer] = Mail(post=Post())
         self.journal.write(Kind.FRAME, peer, now_ns, greeting)
-        self.join(peer, greeting, now_ns)
+        self.join(peer, greeting, now_ns, pid)
 
-    def join(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
+    def join(self, peer: int, greeting: bytes | memoryview, now_ns: int, pid: int = 0) -> None:
         """A producer joined by a frame, written already, that begins with a good Hello; what follows counts too."""
-        self.decide(e.ProducerJoined(peer), now_ns)
+        self.decide(e.ProducerJoined(peer, pid), now_ns)
         self._take_greeting(peer, greeting, now_ns)
 
     def reconnect(self, peer: int, frame: bytes) -> None:
@@ -319,7 +319,7 @@ class Ledger:
                 self.mail[record.peer] = Mail(worker=worker, post=Post() if record.kind == Kind.ZMQ else None)
                 self.next_peer = max(self.next_peer, record.peer + 1)
         now_ns = max(now_ns, self.core.now_ns)
-        self.core.excuse_workers(now_ns)
+        self.core.excuse_peers(now_ns)
         rest += self._end_turn(now_ns)[1]
         self._forget_all(rest)
         for mail in self.mail.values():

@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -121,6 +122,9 @@ class Loop:
             max_slots_per_producer=config.max_slots_per_producer,
             max_delay_us=config.max_delay_us,
             batch_timeout_s=config.batch_timeout_s,
+            recall_timeout_s=config.recall_timeout_s,
+            evict=config.evict,
+            owner_pid=config.owner_pid,
             gpus=config.gpus,
             name=config.name,
             epoch=config.epoch,
@@ -428,7 +432,7 @@ class Loop:
             self._cut_off_for_violation(peer)
             return
         peer.direct = peer.joined = True
-        self._ledger.join(peer.number, frame, now)
+        self._ledger.join(peer.number, frame, now, peer.pid)
 
     def _cut_off_for_violation(self, peer: _Peer) -> None:
         self._core.violations += 1
@@ -558,6 +562,20 @@ class Loop:
         if peer is not None and peer.worker is not None:  # or it ended with the last broker, which had it killed
             self._tell(c.WorkerHangs(peer.worker, hung.text))
 
+    def _evict(self, evict: e.Evict) -> None:
+        """Kill the process of a client; its slots come back as after any end of a producer."""
+        peer = self._peers.get(evict.peer)
+        if peer is None or peer.pid == self._config.owner_pid:  # it left meanwhile; or all would end with it
+            return
+        try:
+            signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
+        except ProcessLookupError:  # it ended, which the pidfd is about to tell
+            log.info("process %d had ended before it was evicted", peer.pid)
+        except PermissionError:
+            log.warning("process %d is another user's and cannot be killed; end it: %s", peer.pid, evict.text)
+        else:
+            log.warning("process %d was killed (--evict): %s", peer.pid, evict.text)
+
     def _tell(self, message: c.Control, fds: Sequence[int] = ()) -> None:
         """Tell the supervisor, which always reads, if not always at once."""
         while True:
@@ -612,7 +630,7 @@ class Loop:
             self._reconnected(peer, frame)
             return
         peer.joined = True
-        self._ledger.join_over_zmq(number, frame, now)
+        self._ledger.join_over_zmq(number, frame, now, peer.pid)
         peer.mail = self._ledger.mail[number]
 
     def _reconnected(self, peer: _Peer, frame: bytes) -> None:
@@ -713,6 +731,10 @@ class Loop:
                     self._tell(c.WorkerIsReady(peer.worker))
             elif isinstance(action, e.Hung):
                 self._end_worker(action)
+            elif isinstance(action, e.Overdue):
+                log.warning("%s", action.text)
+            elif isinstance(action, e.Evict):
+                self._evict(action)
             elif isinstance(action, e.Drained):
                 self._tell(c.IsDrained())
                 self._finished = True

@@ -21,6 +21,7 @@ from trtpool.ipc.rundir import default_root
 from trtpool.ipc.settings import (
     DEFAULT_BATCH_TIMEOUT_S,
     DEFAULT_LANES,
+    DEFAULT_RECALL_TIMEOUT_S,
     DEFAULT_START_TIMEOUT_S,
     DEFAULT_TRANSPORT,
     BuildSettings,
@@ -150,7 +151,8 @@ class Pool(Client):
         run_dir: its run directory; by default one for that name.
         workers: processes of a pool on the CPU; 1 by default.
         workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
-            drain_timeout_s, batch_timeout_s, start_timeout_s: see `trtpool.ipc.settings.PoolSettings`.
+            drain_timeout_s, batch_timeout_s, start_timeout_s, recall_timeout_s, evict: see
+            `trtpool.ipc.settings.PoolSettings`.  This process itself is never evicted.
         allow_users: names or numbers of users who may attach besides this one; `run_dir` must then be in a place
             that they can get to.  See docs/security.md for what that trusts them with.
         transport: what carries this client's messages, see `trtpool.connect`.
@@ -187,6 +189,8 @@ class Pool(Client):
         allow_users: Sequence[int | str] = (),
         batch_timeout_s: float = DEFAULT_BATCH_TIMEOUT_S,
         start_timeout_s: float = DEFAULT_START_TIMEOUT_S,
+        recall_timeout_s: float = DEFAULT_RECALL_TIMEOUT_S,
+        evict: bool = False,
         transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         self._session = None
@@ -221,6 +225,8 @@ class Pool(Client):
             allow_users=user_ids(allow_users),
             batch_timeout_s=batch_timeout_s,
             start_timeout_s=start_timeout_s,
+            recall_timeout_s=recall_timeout_s,
+            evict=evict,
         )
         self._owner = os.getpid()
         self._drain_timeout_s = drain_timeout_s

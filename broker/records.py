@@ -4,15 +4,18 @@
 
     Producer --< LeaseRecord --< Work (queued, or in a batch)
     Worker --< Batch --< Work
-    Model: ring of slots, waiting requests
-    Model --< Line (one for any GPU, one for each GPU that work is pinned to): queue, suspects
+    Model: ring of slots, waiting requests, those of the interactive class apart
+    Model --< Line (one for any GPU, one for each GPU that work is pinned to): a queue for each class, suspects
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from itertools import chain
 
 from trtpool.ipc.layout import ModelLayout
+from trtpool.ipc.settings import BULK
 
 from .batching import Work, WorkQueue
 from .slots import Ring
@@ -46,14 +49,17 @@ class LeaseRecord:
 class Request:
     """A lease request that waits. `deadline_ns` 0: for ever."""
 
-    __slots__ = ("count", "deadline_ns", "model", "over", "producer", "recalled", "request")
+    __slots__ = ("count", "deadline_ns", "model", "over", "priority", "producer", "recalled", "request")
 
-    def __init__(self, producer: Producer, model: Model, request: int, count: int, deadline_ns: int) -> None:
+    def __init__(
+        self, producer: Producer, model: Model, request: int, count: int, deadline_ns: int, priority: int = BULK
+    ) -> None:
         self.producer = producer
         self.model = model
         self.request = request
         self.count = count
         self.deadline_ns = deadline_ns
+        self.priority = priority
         self.over = False
         self.recalled = False
         producer.waiting += 1
@@ -65,13 +71,27 @@ class Request:
 
 
 class Producer:
-    """A client. `held` counts its slots of each model, `waiting` its requests that are not answered."""
+    """A client.
 
-    __slots__ = ("closed", "held", "leases", "peer", "waiting")
+    Attributes:
+        pid: its process; 0: not known.
+        held: its slots of each model.
+        active_ns: for each model, when it was last granted, submitted, released or told the end of anything.
+        overdue_ns: for each model, when it was last found to hold slots that others waited for too long.
+        evicted_ns: when its process was to be killed; 0: never.
+        closed: its lifeline has ended.
+        waiting: its requests that are not answered.
+    """
 
-    def __init__(self, peer: int, models: int) -> None:
+    __slots__ = ("active_ns", "closed", "evicted_ns", "held", "leases", "overdue_ns", "peer", "pid", "waiting")
+
+    def __init__(self, peer: int, models: int, pid: int = 0) -> None:
         self.peer = peer
+        self.pid = pid
         self.held = [0] * models
+        self.active_ns = [0] * models
+        self.overdue_ns = [0] * models
+        self.evicted_ns = 0
         self.leases: dict[int, LeaseRecord] = {}
         self.closed = False
         self.waiting = 0
@@ -86,9 +106,10 @@ class Worker:
         said: why it must end, in its own words, or that it hung; None while it goes on.
         oldest_ns: since when the oldest of its batches has been that.
         watched: whether a timer will look at `oldest_ns`; there is one at most.
+        overtaken: batches in a row that it was sent before older bulk work; see `core.OVERTAKES`.
     """
 
-    __slots__ = ("batches", "device", "gpu", "lanes", "oldest_ns", "peer", "pid", "said", "watched")
+    __slots__ = ("batches", "device", "gpu", "lanes", "oldest_ns", "overtaken", "peer", "pid", "said", "watched")
 
     def __init__(self, peer: int, pid: int) -> None:
         self.peer = peer
@@ -100,6 +121,7 @@ class Worker:
         self.said: str | None = None
         self.oldest_ns = 0
         self.watched = False
+        self.overtaken = 0
 
 
 class Batch:
@@ -140,22 +162,28 @@ class Line:
 
     Attributes:
         gpu: the pool's number for the GPU that alone may run it; None: any worker.
+        queue, urgent: bulk and interactive work.
         hold_until_ns: until when its oldest work last waited for a batch to fill.
     """
 
-    __slots__ = ("gpu", "hold_until_ns", "model", "queue", "suspects")
+    __slots__ = ("gpu", "hold_until_ns", "model", "queue", "suspects", "urgent")
 
     def __init__(self, model: Model, gpu: int | None) -> None:
         self.model = model
         self.gpu = gpu
         self.queue = WorkQueue(model.items_per_slot)
+        self.urgent = WorkQueue(model.items_per_slot)
         self.suspects: deque[Suspect] = deque()
         self.hold_until_ns = 0
 
     @property
     def has_full_batch(self) -> bool:
         """Whether one slot more would not fit in the next batch."""
-        return self.queue.items > self.model.max_batch - self.model.items_per_slot
+        return self.queue.items + self.urgent.items > self.model.max_batch - self.model.items_per_slot
+
+    def waiting(self) -> Iterator[Work]:
+        """All its work that is QUEUED."""
+        return chain(self.queue, self.urgent, *(suspect.works for suspect in self.suspects))
 
     def may_run_on(self, worker: Worker) -> bool:
         """Whether the worker is on the right GPU."""
@@ -163,24 +191,34 @@ class Line:
 
 
 class Totals:
-    """Running sums of one model; see `ModelReport`."""
+    """Running sums of one model; see `ModelReport`.  `urgent_items` and the like are of the interactive class alone."""
 
     __slots__ = (
-        "batches", "compute_ns", "copy_in_ns", "copy_out_ns", "failed_items", "gathered_items", "items",
-        "queue_ns", "retries", "runs",
+        "batches", "compute_ns", "copy_in_ns", "copy_out_ns", "evicted", "failed_items", "gathered_items", "items",
+        "overdue", "queue_ns", "retries", "runs", "urgent_items", "urgent_queue_ns",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.batches = self.runs = self.items = self.failed_items = self.retries = self.gathered_items = 0
         self.queue_ns = self.copy_in_ns = self.compute_ns = self.copy_out_ns = 0
+        self.urgent_items = self.urgent_queue_ns = self.overdue = self.evicted = 0
 
 
 class Model:
-    """One model's slots and everything that waits for it.  `lines` grows by one for each GPU that work is pinned to."""
+    """One model's slots and everything that waits for it.
+
+    Attributes:
+        lines: grows by one for each GPU that work is pinned to.
+        waiting, urgent: bulk and interactive requests, in order of arrival.
+        overtaken: interactive requests in a row that were granted before older bulk ones.
+        short_ns: since when there has been somebody who waits for room; 0: nobody does.
+        watched: whether a timer will look at `short_ns`; there is one at most.
+        evict_ns: before this nobody is evicted.
+    """
 
     __slots__ = (
-        "cap", "index", "items_per_slot", "layout", "lines", "max_batch", "ring", "run_ns", "spares", "totals",
-        "waiting",
+        "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "ring", "run_ns",
+        "short_ns", "spares", "totals", "urgent", "waiting", "watched",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
@@ -192,9 +230,18 @@ class Model:
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()
+        self.urgent: deque[Request] = deque()
+        self.overtaken = 0
+        self.short_ns = 0
+        self.watched = False
+        self.evict_ns = 0
         self.spares = 0  # slots that were granted in advance, and that nothing was done with yet
         self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
+
+    def requests(self) -> Iterator[Request]:
+        """Those that wait and are not over, interactive ones first."""
+        return (request for request in chain(self.urgent, self.waiting) if not request.over)
 
     def line(self, gpu: int | None) -> Line:
         """Where work for a GPU, or for any, waits."""

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
 
-from .records import Model, Totals
+from .recall import is_overdue
+from .records import Model, Producer, Totals
 from .slots import State
 
 if TYPE_CHECKING:
     from .core import Core
+
+LARGEST: Final = 2**63 - 1
+"""A worker that lies must not make a sum that JSON's 64 bits cannot hold, and so end the broker."""
+
+MAX_HOLDERS: Final = 16
+"""Clients in a report, which must fit in a frame."""
 
 
 def report(core: Core) -> PoolReport:
@@ -29,6 +36,32 @@ def report(core: Core) -> PoolReport:
             if worker.lanes
         ),
         models=tuple(_report_model(core, model) for model in core.models),
+        holders=_holders(core),
+    )
+
+
+def _holders(core: Core) -> tuple[HolderReport, ...]:
+    held = [
+        (is_overdue(model, producer), producer.held[model.index], producer, model)
+        for producer in core.producers.values()
+        for model in core.models
+        if producer.held[model.index]
+    ]
+    held.sort(key=lambda one: one[:2], reverse=True)
+    return tuple(_holder(core, producer, model) for _, _, producer, model in held[:MAX_HOLDERS])
+
+
+def _holder(core: Core, producer: Producer, model: Model) -> HolderReport:
+    states = bytearray().join(lease.states for lease in producer.leases.values() if lease.model is model)
+    return HolderReport(
+        pid=producer.pid,
+        model=model.layout.spec.name,
+        leased=states.count(State.LEASED),
+        queued=states.count(State.QUEUED),
+        running=states.count(State.RUNNING),
+        done=states.count(State.DONE),
+        idle_s=(core.now_ns - producer.active_ns[model.index]) / 1e9,
+        overdue=is_overdue(model, producer),
     )
 
 
@@ -39,6 +72,14 @@ def _report_model(core: Core, model: Model) -> ModelReport:
         for lease in producer.leases.values():
             if lease.model is model:
                 states += lease.states
+    figures = {name: min(getattr(totals, name), LARGEST) for name in Totals.__slots__}
+    urgent = ClassReport(
+        queued=sum(work.count for line in model.lines for work in line.waiting() if work.priority),
+        waiting=sum(request.priority > 0 for request in model.requests()),
+        items=figures.pop("urgent_items"),
+        queue_ns=figures.pop("urgent_queue_ns"),
+    )
+    queued, waiting = states.count(State.QUEUED), sum(1 for _ in model.requests())
     return ModelReport(
         name=layout.spec.name,
         slots=layout.slots,
@@ -47,10 +88,16 @@ def _report_model(core: Core, model: Model) -> ModelReport:
         slot_bytes=layout.slot_bytes,
         free=model.ring.free,
         leased=states.count(State.LEASED),
-        queued=states.count(State.QUEUED),
+        queued=queued,
         running=states.count(State.RUNNING),
         done=states.count(State.DONE),
-        waiting=sum(not request.over for request in model.waiting),
-        # A worker that lies must not make a sum that JSON's 64 bits cannot hold, and so end the broker.
-        **{name: min(getattr(totals, name), 2**63 - 1) for name in Totals.__slots__},
+        waiting=waiting,
+        **figures,
+        interactive=urgent,
+        bulk=ClassReport(
+            queued=queued - urgent.queued,
+            waiting=waiting - urgent.waiting,
+            items=figures["items"] - urgent.items,
+            queue_ns=figures["queue_ns"] - urgent.queue_ns,
+        ),
     )

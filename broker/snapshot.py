@@ -50,6 +50,7 @@ class _Work(_Saved, frozen=True):
     gpu: int | None
     passed: int
     attempts: int
+    priority: int
 
 
 class _Batch(_Saved, frozen=True):
@@ -65,7 +66,11 @@ class _Batch(_Saved, frozen=True):
 
 class _Producer(_Saved, frozen=True):
     peer: int
+    pid: int
     closed: bool
+    active_ns: list[int]
+    overdue_ns: list[int]
+    evicted_ns: int
     leases: list[_Lease]
 
 
@@ -78,6 +83,7 @@ class _Worker(_Saved, frozen=True):
     said: str | None
     oldest_ns: int
     watched: bool
+    overtaken: int
     batches: list[_Batch]
 
 
@@ -87,18 +93,24 @@ class _Request(_Saved, frozen=True):
     count: int
     deadline_ns: int
     recalled: bool
+    priority: int
 
 
 class _Line(_Saved, frozen=True):
     gpu: int | None
     hold_until_ns: int
     queue: list[_Work]
+    urgent: list[_Work]
     suspects: list[tuple[int, list[_Work]]]
 
 
 class _Model(_Saved, frozen=True):
     cursor: int
     run_ns: int
+    overtaken: int
+    short_ns: int
+    watched: bool
+    evict_ns: int
     totals: list[int]
     waiting: list[_Request]
     lines: list[_Line]
@@ -137,7 +149,12 @@ def save(core: Core) -> bytes:
         _Core(
             *(core._next_lease, core._next_batch, core._next_timer, core.now_ns),  # noqa: SLF001
             *(core.draining, core._drained, core.violations),  # noqa: SLF001
-            [_Producer(one.peer, one.closed, _save_leases(one)) for one in core.producers.values()],
+            [
+                _Producer(
+                    *(one.peer, one.pid, one.closed, one.active_ns, one.overdue_ns, one.evicted_ns), _save_leases(one)
+                )
+                for one in core.producers.values()
+            ],
             [_save_worker(one) for one in core.workers.values()],
             [worker.peer for worker in core.serving],
             [_save_model(model) for model in core.models],
@@ -155,8 +172,10 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
     data = _decode(saved)
     leases: dict[int, LeaseRecord] = {}
     for one in data.producers:
-        producer = core.producers[one.peer] = Producer(one.peer, len(core.models))
+        producer = core.producers[one.peer] = Producer(one.peer, len(core.models), one.pid)
         producer.closed = one.closed
+        producer.active_ns, producer.overdue_ns = list(one.active_ns), list(one.overdue_ns)
+        producer.evicted_ns = one.evicted_ns
         for lease in one.leases:
             leases[lease.id] = _restore_lease(core, producer, lease)
     for model, kept in zip(core.models, data.models, strict=True):
@@ -167,6 +186,7 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
     core._next_lease, core._next_batch, core._next_timer = data.next_lease, data.next_batch, data.next_timer  # noqa: SLF001
     core.now_ns, core.draining, core._drained = data.now_ns, data.draining, data.drained  # noqa: SLF001
     core.violations = data.violations
+    core.urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
     core.suspects = sum(len(line.suspects) for model in core.models for line in model.lines) + sum(
         batch.alone for worker in core.workers.values() for batch in worker.batches.values()
     )
@@ -177,12 +197,15 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
 
 
 def _things(core: Core) -> tuple[list[Any], ...]:
-    """What a timer may be of, in an order that a restored core has too: requests, works that wait, lines, workers."""
+    """What a timer may be of, in an order that a restored core has too.
+
+    Requests, works that wait, lines, workers, models.
+    """
     lines = [line for model in core.models for line in model.lines]
-    works = [work for line in lines for work in line.queue]
+    works = [work for line in lines for queue in (line.queue, line.urgent) for work in queue]
     works += [work for line in lines for suspect in line.suspects for work in suspect.works]
-    requests = [one for model in core.models for one in model.waiting if not one.over]
-    return requests, works, lines, list(core.workers.values())
+    requests = [one for model in core.models for one in model.requests()]
+    return requests, works, lines, list(core.workers.values()), core.models
 
 
 def _places(core: Core) -> dict[int, tuple[int, int]]:
@@ -206,7 +229,7 @@ def _save_works(works: Sequence[Work]) -> list[_Work]:
     return [
         _Work(
             *(one.lease.id, one.at, one.count, one.items, one.seq, one.queued_ns, one.deadline_ns, one.again),
-            *(one.gpu, one.passed, one.attempts),
+            *(one.gpu, one.passed, one.attempts, one.priority),
         )
         for one in works
     ]
@@ -222,7 +245,7 @@ def _save_worker(worker: Worker) -> _Worker:
     ]
     return _Worker(
         *(worker.peer, worker.pid, worker.device, worker.lanes, worker.gpu, worker.said),
-        *(worker.oldest_ns, worker.watched, batches),
+        *(worker.oldest_ns, worker.watched, worker.overtaken, batches),
     )
 
 
@@ -230,15 +253,15 @@ def _save_model(model: Model) -> _Model:
     return _Model(
         model.ring.cursor,
         min(model.run_ns, LARGEST),
+        *(model.overtaken, model.short_ns, model.watched, model.evict_ns),
         [min(getattr(model.totals, name), LARGEST) for name in Totals.__slots__],
         [
-            _Request(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled)
-            for one in model.waiting
-            if not one.over
+            _Request(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority)
+            for one in model.requests()
         ],
         [
             _Line(
-                *(line.gpu, line.hold_until_ns, _save_works(list(line.queue))),
+                *(line.gpu, line.hold_until_ns, _save_works(list(line.queue)), _save_works(list(line.urgent))),
                 [(suspect.attempt, _save_works(suspect.works)) for suspect in line.suspects],
             )
             for line in model.lines
@@ -266,7 +289,7 @@ def _restore_works(saved: list[_Work], leases: dict[int, LeaseRecord]) -> list[W
     works = []
     for one in saved:
         times = (one.seq, one.queued_ns, one.deadline_ns, one.again)
-        work = Work(leases[one.lease], one.at, one.count, one.items, *times, gpu=one.gpu)
+        work = Work(leases[one.lease], one.at, one.count, one.items, *times, gpu=one.gpu, priority=one.priority)
         work.passed, work.attempts = one.passed, one.attempts
         works.append(work)
     return works
@@ -274,25 +297,29 @@ def _restore_works(saved: list[_Work], leases: dict[int, LeaseRecord]) -> list[W
 
 def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, LeaseRecord]) -> None:
     model.ring.cursor = saved.cursor
-    model.run_ns = saved.run_ns
+    model.run_ns, model.overtaken = saved.run_ns, saved.overtaken
+    model.short_ns, model.watched, model.evict_ns = saved.short_ns, saved.watched, saved.evict_ns
     for name, total in zip(Totals.__slots__, saved.totals, strict=True):
         setattr(model.totals, name, total)
     for one in saved.waiting:
-        request = Request(core.producers[one.producer], model, one.request, one.count, one.deadline_ns)
+        producer = core.producers[one.producer]
+        request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority)
         request.recalled = one.recalled
-        model.waiting.append(request)
+        (model.urgent if one.priority else model.waiting).append(request)
     for kept in saved.lines:
         line = model.line(kept.gpu)
         line.hold_until_ns = kept.hold_until_ns
         for work in _restore_works(kept.queue, leases):
             line.queue.add(work)
+        for work in _restore_works(kept.urgent, leases):
+            line.urgent.add(work)
         line.suspects = deque(Suspect(_restore_works(works, leases), attempt) for attempt, works in kept.suspects)
 
 
 def _restore_worker(core: Core, saved: _Worker, leases: dict[int, LeaseRecord]) -> Worker:
     worker = Worker(saved.peer, saved.pid)
     worker.device, worker.lanes, worker.gpu, worker.said = saved.device, saved.lanes, saved.gpu, saved.said
-    worker.oldest_ns, worker.watched = saved.oldest_ns, saved.watched
+    worker.oldest_ns, worker.watched, worker.overtaken = saved.oldest_ns, saved.watched, saved.overtaken
     for one in saved.batches:
         line: Line = core.models[one.model].line(one.gpu)
         works = _restore_works(one.works, leases)

@@ -32,7 +32,7 @@ def main() -> int:
             answer.close()
 
         try:
-            return supervisor.run(config.settings, announce, say=log.warning)
+            return supervisor.run(config.settings, announce, say=log.warning, owner_pid=config.parent_pid)
         except TrtpoolError as error:
             if not answer.closed:
                 refusal = Refusal(type(error).__name__, str(error))

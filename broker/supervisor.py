@@ -111,13 +111,21 @@ class Supervisor:
         settings: which.
         announce: called when the pool serves.
         say: called with a line for the user about what takes long before that.
+        owner_pid: the process that the pool is part of; 0: none.
     """
 
-    def __init__(self, settings: PoolSettings, announce: Callable[[Started], None], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        settings: PoolSettings,
+        announce: Callable[[Started], None],
+        say: Callable[[str], None],
+        owner_pid: int = 0,
+    ) -> None:
         self._requests = requests(settings)
         self._settings = settings
         self._announce = announce
         self._say = say
+        self._owner_pid = owner_pid
         self._stack = contextlib.ExitStack()
         self._epoll = select.epoll()
         self._stack.callback(self._epoll.close)
@@ -217,6 +225,9 @@ class Supervisor:
             max_delay_us=settings.max_delay_us,
             gpus=len(settings.gpus),
             batch_timeout_s=settings.batch_timeout_s,
+            recall_timeout_s=settings.recall_timeout_s,
+            evict=settings.evict,
+            owner_pid=self._owner_pid,
             listener_fd=listener.fileno(),
             control_fd=-1,
             arena_fd=arena_fd,
@@ -551,6 +562,8 @@ def _start_error(worker: _Worker, returncode: int) -> TrtpoolError:
     return StartFailed(f"{worker.name} did not become ready: {how}; what it said is above")
 
 
-def run(settings: PoolSettings, announce: Callable[[Started], None], say: Callable[[str], None]) -> int:
+def run(
+    settings: PoolSettings, announce: Callable[[Started], None], say: Callable[[str], None], owner_pid: int = 0
+) -> int:
     """Run a pool in this process until it is stopped; see `Supervisor.run`."""
-    return Supervisor(settings, announce, say).run()
+    return Supervisor(settings, announce, say, owner_pid).run()

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.report import ModelReport, PoolReport
+from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport
 
 
 def _mean(total: int, count: int, unit: float) -> str:
@@ -30,10 +30,28 @@ def _model_rows(model: ModelReport) -> list[tuple[str, str]]:
         ("runs a batch", _mean(model.runs, model.batches, 1)),
         ("items gathered", f"{model.gathered_items:,}"),
         ("in the queue", f"{_mean(model.queue_ns, model.items, 1e3)} us an item"),
+        ("of which interactive", _class_text(model.interactive)),
+        ("of which bulk", _class_text(model.bulk)),
         ("copy in", f"{_mean(model.copy_in_ns, model.batches, 1e3)} us a batch"),
         ("compute", f"{_mean(model.compute_ns, model.batches, 1e3)} us a batch"),
         ("copy out", f"{_mean(model.copy_out_ns, model.batches, 1e3)} us a batch"),
+        ("recalls overdue / evicted", f"{model.overdue:,} / {model.evicted:,}"),
     ]
+
+
+def _class_text(one: ClassReport) -> str:
+    return (
+        f"{_mean(one.queue_ns, one.items, 1e3)} us an item; {one.queued:,} queued, {one.items:,} done, "
+        f"{one.waiting:,} leases waiting"
+    )
+
+
+def _holder_text(one: HolderReport) -> str:
+    return (
+        f"process {one.pid or '?'} holds of {one.model} {one.leased} leased, {one.queued} queued, "
+        f"{one.running} running, {one.done} done; idle for {one.idle_s:,.1f} s"
+        + (", OVERDUE: others wait" if one.overdue else "")
+    )
 
 
 def show_report(report: PoolReport) -> None:
@@ -48,6 +66,8 @@ def show_report(report: PoolReport) -> None:
     for worker in report.workers:
         place = worker.device if worker.gpu is None else f"gpu {worker.gpu}, {worker.device}"
         console.print(f"worker {worker.pid} on {place}: {worker.batches_in_flight} batches in flight")
+    for holder in report.holders:
+        console.print(_holder_text(holder))
     for model in report.models:
         table = Table(title=model.name, show_header=False, title_justify="left")
         for name, text in _model_rows(model):

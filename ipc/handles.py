@@ -29,6 +29,7 @@ import numpy.typing as npt
 from . import messages as m
 from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, SpentHandle, WorkerDied, WorkError
 from .layout import ModelLayout, Plane
+from .settings import BULK, Priority
 
 if TYPE_CHECKING:
     from .session import Session
@@ -71,8 +72,8 @@ class Claim:
     """
 
     __slots__ = (
-        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "released", "root_ref", "session",
-        "state",
+        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "priority", "released", "root_ref",
+        "session", "state",
     )  # fmt: skip
 
     def __init__(self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int) -> None:
@@ -84,6 +85,7 @@ class Claim:
         self.at = at
         self.count = count
         self.lease_ns = 0
+        self.priority = BULK
         self.state = LEASED
         self.released = False
         self.root_ref: weakref.ref[npt.NDArray[Any]] | None = None
@@ -122,6 +124,7 @@ class Claim:
         """
         claim = Claim(self.session, self.model_index, self.lease_id, self.first + at, self.at + at, count)
         claim.lease_ns = self.lease_ns
+        claim.priority = self.priority
         claim.root_ref = self.root_ref
         return claim
 
@@ -219,7 +222,14 @@ class Lease:
         claim = self._claim
         return Tensors(claim, claim.session.models[claim.model_index].inputs, LEASED, self._row)
 
-    def submit(self, *, items: int | None = None, deadline_s: float | None = None, gpu: int | None = None) -> Submitted:
+    def submit(
+        self,
+        *,
+        items: int | None = None,
+        deadline_s: float | None = None,
+        gpu: int | None = None,
+        priority: Priority | None = None,
+    ) -> Submitted:
         """Queue the slots; the inputs must be written.
 
         Args:
@@ -227,13 +237,14 @@ class Lease:
             deadline_s: seconds from now after which the work is dropped if it has not started.
             gpu: the one GPU that may run it, counted from 0 in the order of the pool's ``--gpus``; None: any, which
                 keeps them all busy.
+            priority: "interactive" goes before "bulk"; None: the class that the slots were leased with.
 
         Raises:
             SpentHandle: submitted or released before.
-            InvalidInput: `items` does not fill all slots but the last, or the pool has no such GPU.
+            InvalidInput: `items` does not fill all slots but the last, or the pool has no such GPU or class.
             PoolClosed: the pool ended.
         """
-        return self._claim.session.submit(self._claim, self._row, items, deadline_s, gpu)
+        return self._claim.session.submit(self._claim, self._row, items, deadline_s, gpu, priority)
 
     def slots(self) -> list[Lease]:
         """One handle for each slot, to submit and release each by itself; this one is spent."""
@@ -267,9 +278,11 @@ class Leases(list[Lease]):
         """One handle for each slot; the runs are spent."""
         return [slot for lease in self for slot in lease.slots()]
 
-    def submit(self, *, deadline_s: float | None = None, gpu: int | None = None) -> list[Submitted]:
+    def submit(
+        self, *, deadline_s: float | None = None, gpu: int | None = None, priority: Priority | None = None
+    ) -> list[Submitted]:
         """Queue all runs, full; see `Lease.submit`."""
-        return [lease.submit(deadline_s=deadline_s, gpu=gpu) for lease in self]
+        return [lease.submit(deadline_s=deadline_s, gpu=gpu, priority=priority) for lease in self]
 
     def release(self) -> None:
         """Give all slots back."""

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy.typing as npt
 
 from .handles import Claim, Lease, Leases, Submitted
-from .session import Request, Session
+from .session import Request, Session, check_priority
+from .settings import Priority
 
 
 class _Span(NamedTuple):
@@ -33,7 +34,7 @@ class Inference:
         model: its number.
         inputs, outputs: arrays by name, whose first axis counts items.
         total: items.
-        timeout_s, gpu: see `Client.infer`.
+        timeout_s, gpu, priority: see `Client.infer`.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Inference:
         total: int,
         timeout_s: float | None,
         gpu: int | None,
+        priority: Priority,
     ) -> None:
         self._session = session
         self._model = model
@@ -53,6 +55,7 @@ class Inference:
         self._total = total
         self._timeout_s = timeout_s
         self._gpu = session.check_gpu(gpu)
+        self._priority = check_priority(priority)
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.room(model)))
@@ -79,11 +82,11 @@ class Inference:
         """Slots for the next items; None when the oldest result came first."""
         count = min(self._most, -(-(self._total - self._start) // self._per_slot))
         if self._request is None:
-            spare = self._session.take_spare(self._model, count)
+            spare = self._session.take_spare(self._model, count, self._priority)
             if spare is not None:
                 return [spare]
         busy = bool(self._in_flight)
-        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy)
+        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy, self._priority)
         if self._in_flight:
             oldest = self._in_flight[0].submitted
             if not self._session.wait_any([self._request, oldest], self._timeout_s):

@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from .errors import InvalidInput, WorkError
 from .handles import LEASED, Claim, Result, Submitted, Tensors
-from .session import Request, Session
+from .session import Request, Session, check_priority
+from .settings import Priority
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ class Mapper(Generic[T]):
         timeout_s: float | None,
         return_exceptions: bool,
         gpu: int | None,
+        priority: Priority,
     ) -> None:
         self._session = session
         self._model = model
@@ -61,6 +63,7 @@ class Mapper(Generic[T]):
         self._timeout_s = timeout_s
         self._return_exceptions = return_exceptions
         self._gpu = session.check_gpu(gpu)
+        self._priority = check_priority(priority)
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._planes = session.models[model].inputs
@@ -112,12 +115,12 @@ class Mapper(Generic[T]):
         count = self._run_slots
         if self._slots_out + count > self._window:
             return None
-        spare = self._session.take_spare(self._model, count)
+        spare = self._session.take_spare(self._model, count, self._priority)
         if spare is not None:
             self._slots_out += count
             return spare
         busy = bool(self._in_flight)
-        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy)
+        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy, self._priority)
         if self._in_flight and not self._request.over:
             return None
         request, self._request = self._request, None

@@ -9,7 +9,7 @@ bounds and list lengths, and refuses unknown fields.  Nothing is pickled, ever.
     message            from, to       says                                        legal when
     -----------------  -------------  ------------------------------------------  -----------------------
     Hello / Welcome    all, broker    token, version / epoch, peer, caps          first, once
-    Lease / Grant      producer       model, count, wait / leases, a run each     below its cap
+    Lease / Grant      producer       model, count, wait, class / leases, runs    below its cap
     Submit             producer       (lease, first, count, seq), items, ...      LEASED
     Done               to producer    (lease, first, count, seq), status, times   once for each slot and seq
     Release            producer       (lease, first, count)                       LEASED, DONE
@@ -37,12 +37,13 @@ from typing import Annotated, Final, TypeAlias
 import msgspec
 
 from .errors import ProtocolError
-from .settings import TOKEN_BYTES
+from .settings import BULK, INTERACTIVE, TOKEN_BYTES
 
 U31 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Class = Annotated[int, msgspec.Meta(ge=BULK, le=INTERACTIVE)]
 
 MAX_MESSAGES: Final = 4096
 """Most messages in one frame."""
@@ -97,13 +98,15 @@ class Lease(_Message, frozen=True, tag=3):
     """Asks for `count` slots of a model, all or none.
 
     `wait_ns` bounds the wait (None: no bound; 0: now or never); answered by one Grant or one Error that
-    carry the same `request`, which the producer chooses and which is not 0.
+    carry the same `request`, which the producer chooses and which is not 0.  `priority` is a class of
+    `settings.PRIORITIES`.
     """
 
     request: Annotated[int, msgspec.Meta(ge=1, le=2**63 - 1)]
     model: U31
     count: Count
     wait_ns: U63 | None
+    priority: Class = BULK
 
 
 class Grant(_Message, frozen=True, tag=4):
@@ -124,7 +127,8 @@ class Submit(_Message, frozen=True, tag=5):
     every Submit of a lease.  The work is dropped when it is still queued `deadline_ns` after it arrived
     (None: never).  `again` asks for that many new slots when the work is done, if nobody else waits: granted
     rows then lie side by side with those of the batch-mates, and a steady producer needs one message for
-    each piece of work.  `gpu` is the pool's number for the one GPU that may run it (None: any).
+    each piece of work.  `gpu` is the pool's number for the one GPU that may run it (None: any), `priority` a class
+    of `settings.PRIORITIES`.
     """
 
     lease: U63
@@ -135,6 +139,7 @@ class Submit(_Message, frozen=True, tag=5):
     deadline_ns: U63 | None = None
     again: U31 = 0
     gpu: U31 | None = None
+    priority: Class = BULK
 
 
 class Done(_Message, frozen=True, tag=6):

@@ -15,7 +15,7 @@ from .client import Client
 from .handles import Lease, Leases, Result
 from .report import PoolReport
 from .rundir import run_dir_of
-from .settings import DEFAULT_TRANSPORT
+from .settings import DEFAULT_TRANSPORT, Priority
 
 T = TypeVar("T")
 
@@ -80,13 +80,15 @@ class PoolHandle:
         """A client of your own, to close yourself."""
         return Client(self.run_dir, self.transport)
 
-    def lease(self, *, model: str | None = None, timeout_s: float | None = None) -> Lease:
+    def lease(self, *, model: str | None = None, timeout_s: float | None = None, priority: Priority = "bulk") -> Lease:
         """See `Client.lease`."""
-        return self.client.lease(model=model, timeout_s=timeout_s)
+        return self.client.lease(model=model, timeout_s=timeout_s, priority=priority)
 
-    def lease_many(self, count: int, *, model: str | None = None, timeout_s: float | None = None) -> Leases:
+    def lease_many(
+        self, count: int, *, model: str | None = None, timeout_s: float | None = None, priority: Priority = "bulk"
+    ) -> Leases:
         """See `Client.lease_many`."""
-        return self.client.lease_many(count, model=model, timeout_s=timeout_s)
+        return self.client.lease_many(count, model=model, timeout_s=timeout_s, priority=priority)
 
     def infer(
         self,
@@ -95,10 +97,11 @@ class PoolHandle:
         model: str | None = None,
         timeout_s: float | None = None,
         gpu: int | None = None,
+        priority: Priority = "bulk",
         **arrays: npt.ArrayLike,
     ) -> dict[str, npt.NDArray[Any]]:
         """See `Client.infer`."""
-        return self.client.infer(inputs, model=model, timeout_s=timeout_s, gpu=gpu, **arrays)
+        return self.client.infer(inputs, model=model, timeout_s=timeout_s, gpu=gpu, priority=priority, **arrays)
 
     def map(
         self,
@@ -111,6 +114,7 @@ class PoolHandle:
         timeout_s: float | None = None,
         return_exceptions: bool = False,
         gpu: int | None = None,
+        priority: Priority = "bulk",
     ) -> Iterator[tuple[T, Result]]:
         """See `Client.map`."""
         return self.client.map(
@@ -122,6 +126,7 @@ class PoolHandle:
             timeout_s=timeout_s,
             return_exceptions=return_exceptions,
             gpu=gpu,
+            priority=priority,
         )
 
     def status(self) -> PoolReport:

@@ -9,6 +9,22 @@ from __future__ import annotations
 import msgspec
 
 
+class ClassReport(msgspec.Struct, frozen=True):
+    """What was done for one class of requests of a model.
+
+    Attributes:
+        queued: slots in the queue now.
+        waiting: lease requests that wait for slots.
+        items: items that ended with a result.
+        queue_ns: sum over these, from arrival until dispatch; `queue_ns / items` is the mean time in the queue.
+    """
+
+    queued: int
+    waiting: int
+    items: int
+    queue_ns: int
+
+
 class ModelReport(msgspec.Struct, frozen=True):
     """One model: how its slots stand now, and what has been done.
 
@@ -23,6 +39,9 @@ class ModelReport(msgspec.Struct, frozen=True):
         retries: batches that went back to the queue.
         queue_ns: sum over items, from arrival until dispatch.
         copy_in_ns, compute_ns, copy_out_ns: sums over batches.
+        overdue: recalls that a client did not answer in time; see `HolderReport`.
+        evicted: processes that were ended for that.
+        interactive, bulk: the classes, which together make up the figures above.
     """
 
     name: str
@@ -46,6 +65,10 @@ class ModelReport(msgspec.Struct, frozen=True):
     copy_in_ns: int
     compute_ns: int
     copy_out_ns: int
+    overdue: int
+    evicted: int
+    interactive: ClassReport
+    bulk: ClassReport
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
@@ -58,8 +81,29 @@ class WorkerReport(msgspec.Struct, frozen=True):
     gpu: int | None = None
 
 
+class HolderReport(msgspec.Struct, frozen=True):
+    """What one client holds of one model.
+
+    Attributes:
+        pid: its process; 0: not known.
+        model: the model's name.
+        leased, queued, running, done: slots in each state now.
+        idle_s: seconds since it was last granted, submitted, released or told the end of anything of that model.
+        overdue: others wait for slots, and it has done nothing about what it holds for `recall_timeout_s`.
+    """
+
+    pid: int
+    model: str
+    leased: int
+    queued: int
+    running: int
+    done: int
+    idle_s: float
+    overdue: bool
+
+
 class PoolReport(msgspec.Struct, frozen=True):
-    """The whole pool."""
+    """The whole pool; `holders` are the few clients that hold the most slots, those that are overdue first."""
 
     name: str
     epoch: int
@@ -70,3 +114,4 @@ class PoolReport(msgspec.Struct, frozen=True):
     draining: bool
     workers: tuple[WorkerReport, ...]
     models: tuple[ModelReport, ...]
+    holders: tuple[HolderReport, ...] = ()

@@ -27,6 +27,7 @@ from .layout import Layout, Plane
 from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
 from .link import LINGER_MS, TRANSPORTS, Attendant
+from .settings import BULK, PRIORITIES
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 
 KEPT_WARNING_S: Final = 10.0
@@ -41,6 +42,18 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 def _wire_ns(seconds: float | None) -> int | None:
     """A span of time as messages carry it: None is no bound, as is more than any clock takes; what is negative is 0."""
     return None if seconds is None or seconds > LONGEST_SLEEP_S else int(max(0.0, seconds) * 1e9)
+
+
+def check_priority(priority: object) -> int:
+    """A class as messages say it.
+
+    Raises:
+        InvalidInput: there is no such class.
+    """
+    number = PRIORITIES.get(priority) if isinstance(priority, str) else None
+    if number is None:
+        raise InvalidInput(f"priority={priority!r} is none of {', '.join(map(repr, PRIORITIES))}")
+    return number
 
 
 def _forget_in_child() -> None:
@@ -62,10 +75,11 @@ atexit.register(_close_at_exit)
 class Request(Target):
     """A question to the broker; `answer` is there when it is over."""
 
-    def __init__(self, model: int = 0, count: int = 0) -> None:
+    def __init__(self, model: int = 0, count: int = 0, priority: int = BULK) -> None:
         super().__init__()
         self.model = model
         self.count = count
+        self.priority = priority
         self.asked_ns = time.monotonic_ns()
         self.thread = threading.get_ident()
         self.abandoned = False
@@ -150,6 +164,7 @@ class Session:
         self._pending: dict[int, Submitted] = {}
         self._outgoing: list[m.Message] = []
         self._urgent = False  # whether `_outgoing` must not wait for the next Submit
+        self._unsaid = 0  # slots that were released, in `_outgoing`
         self._finished: deque[Submitted] = deque()
         self._dropped: deque[Kept] = deque()
         self._kept: set[Kept] = set()
@@ -194,12 +209,14 @@ class Session:
 
     # ------------------------------------------------------------------ leasing
 
-    def claim(self, model: int, count: int, timeout_s: float | None) -> list[Claim]:
+    def claim(self, model: int, count: int, timeout_s: float | None, priority: int = BULK) -> list[Claim]:
         """Claims on `count` slots, from the spares if they fit, else by asking; see `Client.lease`."""
-        spare = self.take_spare(model, count)
-        return [spare] if spare is not None else self.answer(self.ask(model, count, timeout_s, at_once=True))
+        spare = self.take_spare(model, count, priority)
+        if spare is not None:
+            return [spare]
+        return self.answer(self.ask(model, count, timeout_s, at_once=True, priority=priority))
 
-    def take_spare(self, model: int, count: int) -> Claim | None:
+    def take_spare(self, model: int, count: int, priority: int = BULK) -> Claim | None:
         """A claim on exactly `count` slots that was granted in advance, if there is one."""
         self.check_process()
         state = self.models[model]
@@ -207,10 +224,13 @@ class Session:
             for spare in state.spares:
                 if spare.count == count:
                     state.spares.remove(spare)
+                    spare.priority = priority
                     return spare
         return None
 
-    def ask(self, model: int, count: int, timeout_s: float | None, *, at_once: bool = False) -> Request:
+    def ask(
+        self, model: int, count: int, timeout_s: float | None, *, at_once: bool = False, priority: int = BULK
+    ) -> Request:
         """Ask for slots without waiting for the answer; `at_once` says that the caller will do nothing but wait."""
         self.check_process()
         state = self.models[model]
@@ -219,7 +239,7 @@ class Session:
                 f"{count} slots were asked for and this client may hold {state.cap} of model "
                 f"{self.layout.models[model].spec.name!r}; ask for fewer, or start the pool with more --slots"
             )
-        request = Request(model, count)
+        request = Request(model, count, priority)
         wait_ns = _wire_ns(timeout_s)
         with self._driver:
             self._require_open()
@@ -229,10 +249,18 @@ class Session:
                     f"this client holds {state.held} of the {state.cap} slots that it may hold, and no other thread "
                     "could release one: release results, and drop arrays kept of them, before you lease more"
                 )
-            self._ask(request, lambda number: m.Lease(number, model, count, wait_ns))
+            self._ask(request, lambda number: m.Lease(number, model, count, wait_ns, priority))
         return request
 
-    def ask_amid(self, request: Request | None, model: int, count: int, timeout_s: float | None, busy: bool) -> Request:
+    def ask_amid(
+        self,
+        request: Request | None,
+        model: int,
+        count: int,
+        timeout_s: float | None,
+        busy: bool,
+        priority: int = BULK,
+    ) -> Request:
         """`request`, or a new one if there is none, for a caller that is `busy`, with work in flight, or can only wait.
 
         The broker keeps the time only while all that the caller can do is to wait; here it does for one that was
@@ -242,7 +270,7 @@ class Session:
             PoolBusy: that one waited for `timeout_s`.
         """
         if request is None:
-            return self.ask(model, count, None if busy else timeout_s, at_once=not busy)
+            return self.ask(model, count, None if busy else timeout_s, at_once=not busy, priority=priority)
         if not busy and not self.wait_any([request], timeout_s):
             raise PoolBusy(f"no slots came free within {timeout_s} s; wait longer, or start the pool with more --slots")
         return request
@@ -271,6 +299,8 @@ class Session:
             self.abandon(request)
             raise
         if isinstance(request.answer, list):
+            for claim in request.answer:
+                claim.priority = request.priority
             return request.answer
         if isinstance(request.answer, TrtpoolError):
             raise request.answer
@@ -348,12 +378,18 @@ class Session:
         return number
 
     def submit(
-        self, claim: Claim, row: int | None, items: int | None, deadline_s: float | None, gpu: int | None
+        self,
+        claim: Claim,
+        row: int | None,
+        items: int | None,
+        deadline_s: float | None,
+        gpu: int | None,
+        priority: object = None,
     ) -> Submitted:
         """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slot with the result."""
         state = self.models[claim.model_index]
         again = claim.count if state.steps > 1 and state.step == claim.count and not state.spares else 0
-        return self.submit_again(claim, row, items, deadline_s, again, gpu)
+        return self.submit_again(claim, row, items, deadline_s, again, gpu, priority)
 
     def submit_again(
         self,
@@ -363,10 +399,12 @@ class Session:
         deadline_s: float | None,
         again: int,
         gpu: int | None,
+        priority: object = None,
     ) -> Submitted:
         """Queue a claim and ask for `again` slots to be granted with the result."""
         self.check_process()
         gpu = self.check_gpu(gpu)
+        number = claim.priority if priority is None else check_priority(priority)
         per_slot = claim.model.items_per_slot
         full = claim.count * per_slot
         given = full if items is None else operator.index(items)
@@ -384,7 +422,7 @@ class Session:
             submitted = Submitted(claim, row, seq, given)
             claim.state = SUBMITTED
             self._pending[seq] = submitted
-            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu))
+            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number))
         return submitted
 
     def cancel(self, claim: Claim) -> None:
@@ -469,8 +507,10 @@ class Session:
         state.steps = state.steps + 1 if state.step == count else 1
         state.step = count
         self._outgoing.append(m.Release(lease_id, at, count))
-        # With a spare in hand the next Submit is near, and takes the Release along.
-        self._urgent = self._urgent or not state.spares
+        self._unsaid += count
+        # With a spare in hand the next Submit is near, and takes the Release along.  If none comes after all, the
+        # broker allows for as many slots as were granted in advance, and no more: see `trtpool.broker.recall`.
+        self._urgent = self._urgent or not state.spares or self._unsaid > sum(spare.count for spare in state.spares)
 
     def _has_afterwork(self) -> bool:
         return bool(self._finished or self._dropped)
@@ -533,6 +573,7 @@ class Session:
         if self._over is not None or self.closed:
             return False
         outgoing, self._outgoing = self._outgoing, []
+        self._unsaid = 0
         self.link.send(outgoing)
         return True
 
@@ -620,7 +661,7 @@ class Session:
         for number, request in asked:
             if request.count == sum(claim.count for claim in claims):
                 self._answer(number, claims)
-                late = self._requests[number] = Request(model, request.count)
+                late = self._requests[number] = Request(model, request.count, request.priority)
                 late.abandoned = True
                 return
         self._return_claims(claims)

@@ -6,7 +6,7 @@ any process starts.  `EngineSettings` is the part that a worker needs.
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 
@@ -25,6 +25,14 @@ MAX_FRAME_BYTES: Final = 64 * 1024
 DEFAULT_TRANSPORT: Final = "lifeline"
 """What carries a client's messages: "lifeline" or "zmq", see `trtpool.ipc.link`."""
 
+Priority: TypeAlias = Literal["bulk", "interactive"]
+"""A class of requests.  Interactive ones go first, and bulk ones never starve; see docs/architecture.md."""
+
+BULK: Final = 0
+INTERACTIVE: Final = 1
+PRIORITIES: Final[dict[str, int]] = {"bulk": BULK, "interactive": INTERACTIVE}
+"""How messages say it."""
+
 DEFAULT_MAX_BATCH: Final = 8
 DEFAULT_LANES: Final = 3
 DEFAULT_BUILD_BATCH: Final = 64
@@ -35,6 +43,7 @@ FLAVOURS: Final = {"tensorrt": "tensorrt", "rtx": "tensorrt_rtx", "lean": "tenso
 
 DEFAULT_BATCH_TIMEOUT_S: Final = 300.0
 DEFAULT_START_TIMEOUT_S: Final = 900.0
+DEFAULT_RECALL_TIMEOUT_S: Final = 30.0
 
 MAX_ATTEMPTS: Final = 3
 """Times an item may end a worker, or fail in one, while it runs alone."""
@@ -166,6 +175,9 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             compiles kernels included, and short enough for a job that runs unattended.
         start_timeout_s: how long a worker may take to load its models and register the arena before it is killed:
             a start then fails, and a pool that serves starts it again; 0: for ever.
+        recall_timeout_s: how long a client may hold slots and do nothing with them while others wait for slots, until
+            it is reported; 0: for ever.
+        evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
     """
 
     models: tuple[ModelSource, ...]
@@ -186,8 +198,14 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     allow_users: Annotated[tuple[Uid, ...], msgspec.Meta(max_length=256)] = ()
     batch_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_BATCH_TIMEOUT_S
     start_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_START_TIMEOUT_S
+    recall_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_RECALL_TIMEOUT_S
+    evict: bool = False
 
     def __post_init__(self) -> None:
+        if self.evict and not self.recall_timeout_s:
+            raise ConfigError(
+                "--evict with --recall-timeout-s 0 would never evict anybody; give a time, or leave --evict out"
+            )
         if not self.models:
             raise ConfigError("no model given; name at least one .onnx file")
         names = [model.name for model in self.models]
@@ -225,7 +243,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s` see `PoolSettings`.
+    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s` and `evict`
+    see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted; 0: none.
     `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With `takes_over` it goes
     on from what another left there, with the peers that the supervisor tells of first.
     """
@@ -243,5 +262,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     arena_fd: int
     allow_users: tuple[Uid, ...] = ()
     batch_timeout_s: float = 0.0
+    recall_timeout_s: float = 0.0
+    evict: bool = False
+    owner_pid: int = 0
     table_fd: int | None = None
     takes_over: bool = False

@@ -44,7 +44,8 @@ from trtpool.ipc.errors import (
 )
 from trtpool.ipc.handles import Lease, Leases, Phases, Result, Submitted
 from trtpool.ipc.remote import PoolHandle, connect
-from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.settings import Priority
 
 __version__ = "0.1.0"
 
@@ -52,12 +53,14 @@ __all__ = [
     "AccessDenied",
     "ArenaTooLarge",
     "Cancelled",
+    "ClassReport",
     "Client",
     "ConfigError",
     "DeadlineExceeded",
     "DeviceUnavailable",
     "EngineFailed",
     "ForkedClient",
+    "HolderReport",
     "InvalidInput",
     "Lease",
     "LeaseTooLarge",
@@ -74,6 +77,7 @@ __all__ = [
     "PoolHandle",
     "PoolNotFound",
     "PoolReport",
+    "Priority",
     "ProtocolError",
     "Result",
     "RunDirError",

@@ -14,6 +14,7 @@ from trtpool.broker.reporting import report
 from trtpool.ipc import messages as m
 from trtpool.ipc.layout import ModelLayout, ModelPlan, plan
 from trtpool.ipc.report import ModelReport
+from trtpool.ipc.settings import BULK
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 M = TypeVar("M", bound=m.FromBroker)
@@ -47,7 +48,7 @@ def everything(core: Core) -> bytes:
         for lease in producer.leases.values()
     ]
     queued = [
-        [(line.gpu, work.first, work.count, work.items) for work in line.queue]
+        [(line.gpu, work.priority, work.first, work.count, work.items) for work in line.waiting()]
         for model in core.models
         for line in model.lines
     ]
@@ -65,12 +66,18 @@ class Rig:
         cap: int = 0,
         gpus: int = 0,
         batch_timeout_s: float = 0.0,
+        recall_timeout_s: float = 0.0,
+        evict: bool = False,
+        owner_pid: int = 0,
     ) -> None:
         self.core = Core(
             layouts(*sizes or [(16, 1, 4)]),
             max_delay_us=max_delay_us,
             max_slots_per_producer=cap,
             batch_timeout_s=batch_timeout_s,
+            recall_timeout_s=recall_timeout_s,
+            evict=evict,
+            owner_pid=owner_pid,
             gpus=gpus,
             started_ns=MS,
         )
@@ -82,8 +89,8 @@ class Rig:
         return actions
 
     def join(self, *peers: int) -> None:
-        for peer in peers:
-            assert sent(self.do(e.ProducerJoined(peer)), m.Welcome, peer)
+        for peer in peers:  # each a process of its own, whose number is 100 and the peer's
+            assert sent(self.do(e.ProducerJoined(peer, 100 + peer)), m.Welcome, peer)
 
     def worker(self, peer: int = 10, lanes: int = 1, gpu: int | None = None) -> None:
         assert sent(self.do(e.WorkerJoined(peer, 1000 + peer)), m.Welcome, peer)
@@ -108,20 +115,27 @@ class Rig:
         assert self.core.violations == violations + (code == m.BAD_MESSAGE)
         return action.message
 
-    def lease(self, peer: int, count: int = 1, model: int = 0) -> int:
+    def lease(self, peer: int, count: int = 1, model: int = 0, priority: int = BULK) -> int:
         """Lease slots that are one run; returns the lease's id."""
-        actions = self.say(peer, m.Lease(1, model, count, None)) + self.turn()
+        actions = self.say(peer, m.Lease(1, model, count, None, priority)) + self.turn()
         ((lease_id, run),) = sent(actions, m.Grant, peer)[0].leases
         assert run.count == count
         return lease_id
 
     def submit(
-        self, peer: int, count: int = 1, model: int = 0, *, deadline_ns: int | None = None, gpu: int | None = None
+        self,
+        peer: int,
+        count: int = 1,
+        model: int = 0,
+        *,
+        deadline_ns: int | None = None,
+        gpu: int | None = None,
+        priority: int = BULK,
     ) -> int:
         """Lease full slots and submit them, without ending the turn; returns the lease's id."""
-        lease_id = self.lease(peer, count, model)
+        lease_id = self.lease(peer, count, model, priority)
         items = count * self.core.models[model].items_per_slot
-        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns, 0, gpu)) == []
+        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns, 0, gpu, priority)) == []
         return lease_id
 
     def finish(self, worker: int, run: m.Run, compute_ns: int = 2_000_000) -> list[e.Action]:

@@ -18,7 +18,7 @@ import trtpool
 from trtpool.broker import cli, supervisor
 from trtpool.ipc import errors, rundir
 from trtpool.ipc.layout import ModelPlan, plan
-from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
 from trtpool.ipc.settings import EngineSettings, GpuInfo, ModelSource, PoolSettings
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
@@ -105,22 +105,22 @@ def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkey
     options = {
         "slots": 9, "items_per_slot": 3, "max_batch": 6, "max_delay_us": 70,
         "max_slots_per_producer": 4, "drain_timeout_s": 1.5,
-        "batch_timeout_s": 2.5, "start_timeout_s": 3.5,
+        "batch_timeout_s": 2.5, "start_timeout_s": 3.5, "recall_timeout_s": 4.5,
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     words += ["--workers=2", "--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]
-    words += ["--huge-pages", "--allow-user=4321", "--allow-user=daemon"]
+    words += ["--huge-pages", "--evict", "--allow-user=4321", "--allow-user=daemon"]
     assert run("start", "a=det.onnx", "b=./det.onnx", *words) == 0
     (settings,) = started
     assert settings.models == (ModelSource(str(model), "a"), ModelSource(str(model), "b"))
     assert (settings.name, settings.run_dir) == ("ocr", str(tmp_path / "there"))
     assert settings.engine == EngineSettings(threads=5, shapes={"a:x": (3, 4), "b:z": (7,)})
-    assert (settings.workers, settings.huge_pages, settings.gpus) == (2, True, ())
+    assert (settings.workers, settings.huge_pages, settings.evict, settings.gpus) == (2, True, True, ())
     assert settings.allow_users == (4321, pwd.getpwnam("daemon").pw_uid)
     assert {name: getattr(settings, name) for name in options} == options
     # Were there an option that this test and the next forgot, it would have its default.
     others = {"models", "name", "run_dir", "engine", "workers", "huge_pages", "gpus", "workers_per_gpu", "build"}
-    others |= {"allow_users"}
+    others |= {"allow_users", "evict"}
     assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *others}
 
 
@@ -272,11 +272,11 @@ def test_the_announcement(capsys):
 
 
 def report(**changed: Any) -> PoolReport:
-    counts = dict.fromkeys([field.name for field in msgspec.structs.fields(ModelReport) if field.name != "name"], 0)
-    model = ModelReport(
-        name="det", **{**counts, "slots": 16, "free": 16, "slot_bytes": 1536, "max_batch": 8, **changed}
-    )
-    return PoolReport("ocr", 1, 61.4, 3 << 20, 2, 3, False, (WorkerReport(77, "cpu", 1, 1),), (model,))
+    counts: dict[str, Any] = {field.name: 0 for field in msgspec.structs.fields(ModelReport) if field.type is int}
+    counts |= {"name": "det", "interactive": ClassReport(1, 2, 3, 9000), "bulk": ClassReport(0, 0, 0, 0)}
+    model = ModelReport(**{**counts, "slots": 16, "free": 16, "slot_bytes": 1536, "max_batch": 8, **changed})
+    holders = HolderReport(4321, "det", 1, 2, 3, 4, 31.4, True), HolderReport(0, "det", 1, 0, 0, 0, 0.5, False)
+    return PoolReport("ocr", 1, 61.4, 3 << 20, 2, 3, False, (WorkerReport(77, "cpu", 1, 1),), (model,), holders)
 
 
 class Connected:
@@ -313,6 +313,17 @@ def test_the_status_of_a_pool_that_did_nothing_yet(status):
     assert "worker 77 on cpu: 1 batches in flight" in text
     assert re.search(r"now +│ 16 free, 0 leased, 0 queued, 0 running, 0 done", text)
     assert re.search(r"compute +│ - us a batch", text)
+
+
+def test_the_status_tells_the_classes_and_who_holds_what(status):
+    text = status(report(overdue=5, evicted=1))
+    assert re.search(r"of which interactive +│ 3\.0 us an item; 1 queued, 3 done, 2 leases waiting", text)
+    assert re.search(r"of which bulk +│ - us an item; 0 queued, 0 done, 0 leases waiting", text)
+    assert re.search(r"recalls overdue / evicted +│ 5 / 1", text)
+    assert (
+        "process 4321 holds of det 1 leased, 2 queued, 3 running, 4 done; idle for 31.4 s, OVERDUE: others wait\n"
+        "process ? holds of det 1 leased, 0 queued, 0 running, 0 done; idle for 0.5 s\n"
+    ) in text
 
 
 def test_the_status_has_means(status):

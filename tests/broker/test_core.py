@@ -238,9 +238,9 @@ def grants(actions: list[e.Action]) -> list[tuple[int, int]]:
     return [(a.peer, a.message.request) for a in actions if isinstance(a, e.Send) and isinstance(a.message, m.Grant)]
 
 
-def filled(producers: int = 4, **options: int) -> tuple[Rig, list[int]]:
+def filled(producers: int = 4) -> tuple[Rig, list[int]]:
     """8 slots of which the first producer holds 6 and the second 2, and the leases."""
-    rig = Rig((8, 1, 2), **options)
+    rig = Rig((8, 1, 2))
     rig.join(*range(1, producers + 1))
     return rig, [rig.lease(1, 6), rig.lease(2, 2)]
 

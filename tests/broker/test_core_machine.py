@@ -7,6 +7,7 @@ two owners or is granted while a worker may write to it, and that whatever was s
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
@@ -24,9 +25,11 @@ from trtpool.broker import events as e
 from trtpool.ipc import messages as m
 
 HUGE = 2**31 - 1
+RECALL_NS = 5 * MS
 GONE, LEASED, SUBMITTED, DONE = "gone", "leased", "submitted", "done"
 
 small = st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 13, HUGE])
+priorities = st.sampled_from([0, 0, 1])
 counts = st.sampled_from([1, 1, 1, 2, 2, 3, 5, 8, 20, HUGE])
 wide = st.one_of(st.integers(0, 40), st.sampled_from([2**31, 2**63 - 1]))
 
@@ -75,11 +78,22 @@ class CoreMachine(RuleBasedStateMachine):
         self.working: dict[int, Device] = {}
         self.next_peer = 1
         self.next_request = 1
+        self.pids: dict[int, int] = {}
+        self.active: dict[tuple[int, int], int] = defaultdict(int)  # when a peer last did something with a model
+        self.evicted: set[int] = set()
         self.worker_joins(2, 0)
         self.producer_joins()
 
     def make_rig(self, delay_us, cap, gpus):
-        rig = Rig((12, 1, 4), (7, 3, 7), max_delay_us=delay_us, cap=cap, gpus=gpus)
+        rig = Rig(
+            (12, 1, 4),
+            (7, 3, 7),
+            max_delay_us=delay_us,
+            cap=cap,
+            gpus=gpus,
+            recall_timeout_s=RECALL_NS / 1e9,
+            evict=True,
+        )
         rig.core.max_waiting = 3
         return rig
 
@@ -96,6 +110,30 @@ class CoreMachine(RuleBasedStateMachine):
                 client = self.living.get(action.peer)
                 assert client is None or (client.closed and not self.held(client)), "forgotten with slots"
                 self.living.pop(action.peer, None)
+            elif isinstance(action, e.Evict):
+                self.on_evict(action.peer)
+
+    def on_evict(self, peer):
+        """Its process did nothing for long, nothing of it is in flight, and others wait for what it holds."""
+        same = [other for other in self.living if self.pids[other] == self.pids[peer]]
+        assert not self.evicted & set(same), "once is enough"
+        self.evicted |= set(same)
+        waited_for = {
+            model
+            for other in self.living.keys() - set(same)
+            for model, _ in self.living[other].requests.values()
+            if self.rig.now_ns - max(self.active[one, model] for one in same) >= RECALL_NS
+        }
+        held = {
+            lease.model: set(lease.slots)
+            for one in same
+            for lease in self.living[one].leases.values()
+            if {LEASED, DONE} & set(lease.slots)
+        }
+        running = {
+            lease.model for one in same for lease in self.living[one].leases.values() if SUBMITTED in lease.slots
+        }
+        assert waited_for & held.keys() - running, "nobody waits for what it holds, or it is not idle"
 
     def held(self, client, model=None):
         """``(model, slot)`` of each slot that is still the client's."""
@@ -118,6 +156,7 @@ class CoreMachine(RuleBasedStateMachine):
     def on_grant(self, peer, grant):
         client = self.living[peer]
         assert not client.closed
+        self.active[peer, grant.model] = self.rig.now_ns
         taken = self.on_a_device().union(*(self.held(other) for other in self.living.values()))
         for lease_id, run in grant.leases:
             new = {(grant.model, slot) for slot in range(run.first, run.first + run.count)}
@@ -131,6 +170,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     def on_done(self, peer, done):
         lease = self.living[peer].leases[done.lease]
+        self.active[peer, lease.model] = self.rig.now_ns
         for at in range(done.first, done.first + done.count):
             assert lease.slots[at] == SUBMITTED, "it was not submitted, or has ended before"
             assert lease.seqs[at] == done.seq
@@ -179,7 +219,8 @@ class CoreMachine(RuleBasedStateMachine):
     @rule()
     def producer_joins(self):
         peer, self.next_peer = self.next_peer, self.next_peer + 1
-        self.rig.do(e.ProducerJoined(peer))
+        self.pids[peer] = [0, 77, 78][peer % 3] or 1000 + peer  # some are clients of one process
+        self.rig.do(e.ProducerJoined(peer, self.pids[peer]))
         self.living[peer] = Client()
 
     @precondition(lambda self: len(self.working) < 3)
@@ -263,15 +304,16 @@ class CoreMachine(RuleBasedStateMachine):
         data=st.data(),
         model=st.sampled_from([0, 0, 1, 1, 2, HUGE]),
         count=counts,
-        wait=st.sampled_from([0, MS, None]),
+        wait=st.sampled_from([0, MS, 30 * MS, None]),
+        priority=priorities,
     )
-    def asks_for_slots(self, data, model, count, wait):
-        self.ask(self.a_client(data), model, count, wait)
+    def asks_for_slots(self, data, model, count, wait, priority):
+        self.ask(self.a_client(data), model, count, wait, priority)
 
-    def ask(self, peer, model, count, wait):
+    def ask(self, peer, model, count, wait, priority=0):
         client = self.living[peer]
         request, self.next_request = self.next_request, self.next_request + 1
-        message = m.Lease(request, model, count, wait)
+        message = m.Lease(request, model, count, wait, priority)
         if model >= len(self.models):
             self.rig.refused(peer, message)
         elif count > self.models[model].cap:
@@ -291,23 +333,25 @@ class CoreMachine(RuleBasedStateMachine):
         again=st.integers(0, 2),
         pins=st.lists(st.sampled_from([None, None, 0, 1, 2]), min_size=5, max_size=5),
         after_ns=st.sampled_from([0, MS]),
+        classes=st.lists(priorities, min_size=5, max_size=5),
     )
-    def everyone_works(self, counts, model, cut, deadline, again, pins, after_ns):
+    def everyone_works(self, counts, model, cut, deadline, again, pins, after_ns, classes):
         """Each client leases and submits at once, and the turn ends: so that something goes on."""
         while len(self.living) < 2:
             self.producer_joins()
         if not self.working:
             self.worker_joins(1, 0)
-        for (peer, client), count, pin in zip(list(self.living.items()), counts, pins, strict=False):
+        everyone = zip(list(self.living.items()), counts, pins, classes, strict=False)
+        for (peer, client), count, pin, priority in everyone:
             if client.closed:
                 continue
             before = set(client.leases)
-            self.ask(peer, model, min(count, self.models[model].cap), 0)
+            self.ask(peer, model, min(count, self.models[model].cap), 0, priority)
             for lease_id in client.leases.keys() - before:
                 lease = client.leases[lease_id]
                 items = len(lease.slots) * self.models[lease.model].items_per_slot - (cut and lease.model)
                 gpu = pin if pin is not None and pin < self.gpus else None
-                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again, gpu)
+                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again, gpu, priority)
                 self.submit(peer, lease_id, message, legal=True)
         self.turn_ends(after_ns)
 
@@ -329,8 +373,8 @@ class CoreMachine(RuleBasedStateMachine):
         return data.draw(small, "first"), data.draw(counts, "count")
 
     @precondition(has_open_client)
-    @rule(data=st.data(), deadline=st.sampled_from([None, None, 0, MS, 2**63 - 1]))
-    def submits(self, data, deadline):
+    @rule(data=st.data(), deadline=st.sampled_from([None, None, 0, MS, 2**63 - 1]), priority=priorities)
+    def submits(self, data, deadline, priority):
         peer = self.a_client(data)
         lease_id, lease = self.a_lease(data, peer)
         first, count = self.a_range(data, lease)
@@ -350,12 +394,14 @@ class CoreMachine(RuleBasedStateMachine):
             and wanted <= model.cap
             and (gpu is None or gpu < self.gpus)
         )
-        self.submit(peer, lease_id, m.Submit(lease_id, first, count, seq, items, deadline, wanted, gpu), legal)
+        message = m.Submit(lease_id, first, count, seq, items, deadline, wanted, gpu, priority)
+        self.submit(peer, lease_id, message, legal)
 
     def submit(self, peer, lease_id, message, legal):
         assert self.expect(peer, message, legal) == []
         if legal:
             lease = self.living[peer].leases[lease_id]
+            self.active[peer, lease.model] = self.rig.now_ns
             items_per_slot = self.models[lease.model].items_per_slot
             lease.seq = message.seq
             for index in range(message.count):
@@ -378,6 +424,7 @@ class CoreMachine(RuleBasedStateMachine):
         actions = self.expect(peer, m.Release(lease_id, first, count), legal)
         if legal:
             lease.slots[first : first + count] = [GONE] * count
+            self.active[peer, lease.model] = self.rig.now_ns
         self.learn(actions)
 
     @precondition(lambda self: self.living)
@@ -447,6 +494,7 @@ class CoreMachine(RuleBasedStateMachine):
                 for at, state in enumerate(lease.slots):
                     if state == DONE:
                         lease.slots[at] = GONE
+                        self.active[peer, lease.model] = self.rig.now_ns
                         self.learn(self.expect(peer, m.Release(lease_id, at, 1), True))
         self.turn_ends(0)
 
@@ -467,7 +515,8 @@ class CoreMachine(RuleBasedStateMachine):
             if state == SUBMITTED and (lease.model, lease.first + at) not in self.on_a_device()
         }
         if self.rig.core.suspects:
-            waiting = {line.gpu for model in self.models for line in model.lines if line.queue.items}
+            lines = [line for model in self.models for line in model.lines]
+            waiting = {line.gpu for line in lines if line.queue.items or line.urgent.items}
         idle = [
             device
             for device in self.working.values()

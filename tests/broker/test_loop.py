@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tests.broker.core_rig import layouts
 from tests.system.raw import Raw
 from tests.system.rig import PATIENCE_S
 from trtpool.broker import control as c
+from trtpool.broker import events as e
 from trtpool.broker import loop as loop_module
 from trtpool.broker.journal import Journal
 from trtpool.broker.loop import Loop, configure
@@ -75,7 +77,14 @@ class Worker:
 class Broker:
     """A loop in a thread, and the supervisor's end of its control socket."""
 
-    def __init__(self, run_dir: Path, max_delay_us: int = 0, gpus: int = 0, batch_timeout_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        max_delay_us: int = 0,
+        gpus: int = 0,
+        batch_timeout_s: float = 0.0,
+        owner_pid: int = 0,
+    ) -> None:
         self.run_dir = RunDir.claim(run_dir)
         self._arena_fd = create_segment(SEGMENT_BYTES)
         listener = lifeline.listen(run_dir)
@@ -94,6 +103,7 @@ class Broker:
             control_fd=theirs.detach(),
             arena_fd=self._arena_fd,
             batch_timeout_s=batch_timeout_s,
+            owner_pid=owner_pid,
         )
         self.loop = Loop(configure(msgspec.json.encode(config)))
         self.thread = threading.Thread(target=self._run)
@@ -470,3 +480,56 @@ def test_who_reads_late_gets_everything(transport, broker):
     while len(got) < len(asked):
         got += [answer.request for answer in slow.receive() if isinstance(answer, m.Report)]
     assert got == asked
+
+
+# --- Evicting ------------------------------------------------------------------------------------
+
+
+class _Kills:
+    """In place of `signal.pidfd_send_signal`, since the client of these tests is the tests themselves."""
+
+    def __init__(self, error: OSError | None = None) -> None:
+        self.signals: list[int] = []
+        self.error = error
+
+    def __call__(self, _pidfd: int, number: int) -> None:
+        self.signals.append(number)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, "was killed (--evict): it is idle"),
+        (PermissionError(1, "no"), "is another user's and cannot be killed; end it: it is idle"),
+        (ProcessLookupError(3, "gone"), "had ended before it was evicted"),
+    ],
+)
+def test_who_is_evicted_is_killed_and_what_comes_of_it_is_logged(error, said, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", "trtpool.broker")
+    kills = _Kills(error)
+    monkeypatch.setattr(signal, "pidfd_send_signal", kills)
+    broker = Broker(tmp_path / "run")
+    try:
+        broker.client().ask(m.Status(1))
+        (number,) = broker.loop._peers
+        broker.loop._evict(e.Evict(number, "it is idle"))
+        assert kills.signals == [signal.SIGKILL]
+        assert f"process {os.getpid()} {said}" in caplog.text
+        broker.loop._evict(e.Evict(number + 1, "it left before"))
+        assert len(kills.signals) == 1
+    finally:
+        broker.close()
+
+
+def test_the_process_that_the_pool_is_part_of_is_not_killed_whatever_was_decided(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "pidfd_send_signal", kills := _Kills())
+    broker = Broker(tmp_path / "run", owner_pid=os.getpid())
+    try:
+        broker.client().ask(m.Status(1))
+        (number,) = broker.loop._peers
+        broker.loop._evict(e.Evict(number, "it is idle"))
+        assert kills.signals == []
+    finally:
+        broker.close()

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis.stateful import initialize, rule
 
 from tests.broker.core_rig import MS, Rig, everything, layouts
-from tests.broker.test_core_machine import CoreMachine
+from tests.broker.test_core_machine import RECALL_NS, CoreMachine
 from trtpool.broker import events as e
 from trtpool.broker.core import Core
 from trtpool.broker.invariants import validate
@@ -17,6 +17,7 @@ from trtpool.broker.journal import REQUEST_BYTES, SLOT_BYTES
 from trtpool.broker.reporting import report
 from trtpool.broker.snapshot import restore, save
 from trtpool.ipc import messages as m
+from trtpool.ipc.settings import INTERACTIVE
 
 SIZES = ((12, 1, 4), (7, 3, 7))
 TIMEOUT_S = 0.02  # so short that batches hang in these tests
@@ -29,6 +30,8 @@ def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0) -> Core:
         max_delay_us=delay_us,
         max_slots_per_producer=cap,
         batch_timeout_s=TIMEOUT_S,
+        recall_timeout_s=RECALL_NS / 1e9,
+        evict=True,
         gpus=gpus,
         started_ns=MS,
     )
@@ -40,7 +43,15 @@ class TwinRig(Rig):
     """A rig whose every event also goes to a second core, which is replaced by its own copy at times."""
 
     def __init__(self, delay_us: int, cap: int, gpus: int) -> None:
-        super().__init__(*SIZES, max_delay_us=delay_us, cap=cap, gpus=gpus, batch_timeout_s=TIMEOUT_S)
+        super().__init__(
+            *SIZES,
+            max_delay_us=delay_us,
+            cap=cap,
+            gpus=gpus,
+            batch_timeout_s=TIMEOUT_S,
+            recall_timeout_s=RECALL_NS / 1e9,
+            evict=True,
+        )
         self.core.max_waiting = MAX_WAITING
         self.settings = (delay_us, cap, gpus)
         self.twin = fresh(*self.settings)
@@ -114,6 +125,24 @@ def test_requests_that_wait_are_still_counted() -> None:
         rig.say(1, m.Lease(request, 0, 6, None))
         rig.die()
     assert rig.twin.producers[1].waiting == MAX_WAITING
+
+
+def test_a_recall_is_still_looked_after_and_classes_are_kept() -> None:
+    rig = TwinRig(0, 0, 0)
+    rig.join(1, 2, 3)
+    rig.lease(1, 8)
+    rig.say(2, m.Lease(21, 0, 6, None), m.Lease(22, 0, 6, None, INTERACTIVE))
+    rig.submit(3, 1, priority=INTERACTIVE, model=1)
+    rig.turn()
+    rig.die()
+    assert rig.twin.urgent == 1
+    (overdue, evict) = rig.turn(RECALL_NS)
+    assert isinstance(overdue, e.Overdue)
+    assert isinstance(evict, e.Evict)
+    rig.die()
+    assert rig.twin.producers[1].evicted_ns == rig.now_ns
+    rig.do(e.ProducerEnded(1))
+    assert [grant.request for grant in [a.message for a in rig.turn() if isinstance(a, e.Send)]] == [22]
 
 
 def test_ids_are_not_used_again() -> None:

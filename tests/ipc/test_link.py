@@ -68,7 +68,7 @@ def test_very_many_messages_are_several_frames(link, monkeypatch):
 
 def test_the_most_that_is_sent_in_a_frame_is_taken():
     huge = 2**63 - 1
-    longest = m.Submit(huge, 2**31 - 1, 2**31 - 1, huge, 2**31 - 1, huge, 2**31 - 1, 2**31 - 1)
+    longest = m.Submit(huge, 2**31 - 1, 2**31 - 1, huge, 2**31 - 1, huge, 2**31 - 1, 2**31 - 1, 1)
     assert len(m.encode(MAX_SENT * [longest])) < MAX_FRAME_BYTES
     assert m.decode_to_broker(m.encode([longest])) == [longest]
 

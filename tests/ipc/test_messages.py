@@ -39,6 +39,7 @@ FIELDS = {
     "device": text,
     "endpoint": text,
     "gpu": st.none() | u31,
+    "priority": st.integers(0, 1),
     **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "said"), u63),
     **dict.fromkeys(("heard", "frames"), u63),
     **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns"), u63),
