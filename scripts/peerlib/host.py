@@ -138,10 +138,10 @@ def guest(contestant: Contestant, job: Job) -> Iterator[Guest]:
     processes.adopt_orphans()
     resource_tracker.ensure_running()  # multiprocessing's own, which is to be among the known ones
     known = {process.pid for process in processes.below(os.getpid())}
-    one = Guest(contestant, job, known)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(processes.adopt_orphans, adopt=False)
+        one = Guest(contestant, job, known)
+        stack.callback(one.close)
         one.wait()
         yield one
         one.stop()
-    finally:
-        one.close()

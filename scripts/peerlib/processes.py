@@ -32,10 +32,10 @@ class Process(NamedTuple):
     ticks: int
 
 
-def adopt_orphans() -> None:
-    """From now on processes below this one whose parent ends become its children."""
+def adopt_orphans(adopt: bool = True) -> None:
+    """From now on processes below this one whose parent ends become its children; or init's again."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+    if libc.prctl(PR_SET_CHILD_SUBREAPER, int(adopt), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed: this needs Linux 3.4 or newer")
 
 

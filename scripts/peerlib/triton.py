@@ -22,7 +22,7 @@ from scripts.benchlib.workload import Array, Source, check
 
 from .contestant import Connects, Contestant
 from .http import free_port
-from .job import Job, answer
+from .job import Job
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -101,15 +101,16 @@ def _same_python() -> None:
 class Triton(Contestant):
     name = "triton"
     modules = ("pytriton", "tritonclient")
-    copies = 4
-    why = (
-        "into the Python backend's memory, into its proxy's, out of that to one array a request, and these into the "
-        "array of a batch"
+    copies = 3
+    why = "into the Python backend's memory, into its proxy's, and with others to the array of a batch"
+    note = (
+        "three of its four copies, the producer's write being the first, are its Python backend's; a backend in C++ "
+        "would read the shared memory itself"
     )
-    note = "three of its four copies are its Python backend's; a backend in C++ would read the shared memory itself"
 
     @contextlib.contextmanager
     def serve(self, job: Job) -> Iterator[None]:
+        from pytriton.decorators import batch
         from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
         from pytriton.triton import Triton as Server
         from pytriton.triton import TritonConfig, TritonSecurityConfig
@@ -118,9 +119,11 @@ class Triton(Contestant):
         self._port = free_port()
         compute = job.load()
 
-        def infer(requests: list[Any]) -> list[dict[str, Array]]:
-            y = answer(compute, job, [request.data["x"][0] for request in requests])
-            return [{"y": y[row : row + 1]} for row in range(len(requests))]
+        @batch  # type: ignore[untyped-decorator,unused-ignore]
+        def infer(x: Array) -> dict[str, Array]:
+            y = np.empty((len(x), job.workload.outputs), np.float32)
+            compute(x, y)
+            return {"y": y}
 
         config = TritonConfig(
             http_address="127.0.0.1", http_port=free_port(), grpc_address="127.0.0.1", grpc_port=self._port,
