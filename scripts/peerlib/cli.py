@@ -25,7 +25,7 @@ def choose(only: str | None) -> dict[str, type[Contestant]]:
     return {name: one for name, one in CONTESTANTS.items() if name in names}
 
 
-@click.command(epilog="A peer that is not installed is reported and left out: pip install 'trtpool[cpu,build,peers]'.")
+@click.command(epilog="A peer that is not installed is reported and left out: pip install '.[peers]'.")
 @click.option("--quick", is_flag=True, help="One round of short windows: shows that all work, and little about speed.")
 @click.option("--only", metavar="NAMES", help=f"Contestants.  [default: {','.join(CONTESTANTS)}]")
 @click.option("--kinds", metavar="NAMES", default=",".join(KINDS), show_default=True, help="Kinds of work.")

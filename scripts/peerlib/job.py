@@ -69,7 +69,7 @@ def absent(modules: Sequence[str]) -> str:
     """Why the first of `modules` that cannot be found is missing; empty if all are there."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            return f"no module {module}: pip install 'trtpool[peers]' (a package without a wheel here stays missing)"
+            return f"no module {module}: pip install '.[peers]' in a clone; what has no wheel here stays missing"
     return ""
 
 

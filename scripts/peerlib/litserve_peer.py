@@ -27,10 +27,10 @@ def decode(body: bytes) -> Array:
 class LitServe(Contestant):
     name = "litserve"
     modules = ("litserve",)
-    copies = 10
+    copies = 11
     why = (
         "into the TCP socket, out of it, the body's pieces put together, pickled, the queue's address put before it, "
-        "into a Unix socket and out of it twice (its ZeroMQ broker), the address split off (unpickling: one more)"
+        "into a Unix socket and out of it twice (its ZeroMQ broker), the address split off, unpickled"
     )
 
     @contextlib.contextmanager

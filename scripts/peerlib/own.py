@@ -27,7 +27,7 @@ class Runs(Contestant):
     """
 
     name = "trtpool"
-    modules = ("onnx", "onnxruntime")
+    modules = ("trtpool", "onnxruntime")
     copies = 0
     why = "the worker reads the slot that the producer wrote; scattered rows of 1 KB may be gathered first: 1"
     own = True

@@ -22,16 +22,15 @@ from .contestant import Connects, Contestant
 from .job import Job
 from .ray_cluster import cluster
 
-BLOCKS = 1 << 12
+BLOCKS = 1 << 10
 """More than any window takes."""
-BLOCK_IMAGES = 32
-BLOCK_SMALL = 4096
-"""Rows of a block: enough that the tasks' own cost is small, few enough that a window sees many."""
-Batch = dict[str, npt.NDArray[Any]]
-
-
+BLOCK_IMAGES = 128
+BLOCK_SMALL = 1 << 15
+"""Rows of a block: many, since each block is a task of each stage, and below the 128 MiB that Ray cuts blocks to."""
 SETTLE_S = 2.0
 """From the first result on, until the stages have filled what is between them."""
+
+Batch = dict[str, npt.NDArray[Any]]
 
 
 class Prepared:
@@ -107,7 +106,7 @@ class DataDriver:
 
 class RayData(Contestant):
     name = "ray-data"
-    modules = ("ray", "ray.data")
+    modules = ("ray", "pyarrow")
     kinds = ("images", "small")
     least_window_s = 4.0  # results come in blocks, and the window begins with some that were made before
     copies = 2
