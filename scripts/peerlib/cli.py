@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,7 @@ def main(
     console.print(", ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)
     console.print()
     started_s = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that servers are ended
     outcome = run(contestants, options, say=lambda text: click.echo(text, err=True))
     report.show(console, outcome, contestants)
     took_s = round(time.monotonic() - started_s, 1)

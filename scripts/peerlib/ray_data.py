@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,10 @@ from .ray_cluster import cluster
 BLOCKS = 1 << 10
 """More than any window takes."""
 BLOCK_IMAGES = 128
-BLOCK_SMALL = 1 << 15
-"""Rows of a block: many, since each block is a task of each stage, and below the 128 MiB that Ray cuts blocks to."""
+BLOCK_SMALL = 1024
+BLOCK_BULK = 1 << 15
+"""Rows of a block, each of which is a task of each stage: of images as many as stay below the 128 MiB that Ray cuts
+blocks to; of small items as many as others have in flight, which is Ray's least size of a block, 1 MiB; or in bulk."""
 SETTLE_S = 2.0
 """From the first result on, until the stages have filled what is between them."""
 
@@ -68,7 +70,7 @@ class Mean:
 class DataDriver:
     """Takes results of a stream that goes on between windows."""
 
-    def __init__(self, job: Job, address: str, producers: int) -> None:
+    def __init__(self, job: Job, address: str, producers: int, block: int) -> None:
         import ray
         import ray.data
 
@@ -76,7 +78,6 @@ class DataDriver:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         self._ray, self._prepared = ray, Prepared.of(job)
-        block = job.pick(images=BLOCK_IMAGES, small=BLOCK_SMALL)
         dataset = (
             ray.data.range(BLOCKS * block, override_num_blocks=BLOCKS)
             .map_batches(_produce, fn_args=(job,), batch_size=None, num_cpus=1, concurrency=producers)
@@ -107,10 +108,12 @@ class DataDriver:
 class RayData(Contestant):
     name = "ray-data"
     modules = ("ray", "pyarrow")
-    kinds = ("images", "small")
+    kinds: ClassVar[tuple[str, ...]] = ("images", "small")
     least_window_s = 4.0  # results come in blocks, and the window begins with some that were made before
     copies = 2
     why = "to an Arrow block, and into the object store, where the actor reads"
+
+    block_small: ClassVar[int] = BLOCK_SMALL
 
     @contextlib.contextmanager
     def serve(self, job: Job) -> Iterator[None]:  # noqa: ARG002  # the interface's
@@ -119,4 +122,13 @@ class RayData(Contestant):
 
     @contextlib.contextmanager
     def producers(self, job: Job, count: int) -> Iterator[Connects]:
-        yield [partial(DataDriver, job, self._address, count)]
+        block = job.pick(images=BLOCK_IMAGES, small=self.block_small)
+        yield [partial(DataDriver, job, self._address, count, block)]
+
+
+class RayDataBulk(RayData):
+    name = "ray-data-bulk"
+    kinds = ("small",)
+    note = f"Ray Data with {BLOCK_BULK:,} items a block: no bar for items that come one by one"
+    bar = False
+    block_small = BLOCK_BULK

@@ -24,6 +24,7 @@ CONTESTANTS: Final[dict[str, type[Contestant]]] = {
         litserve_peer.LitServe,
         ray_actors.RayActors,
         ray_data.RayData,
+        ray_data.RayDataBulk,
     )
 }
 """By name, in the order of the table.  Their modules import a peer's package only when it starts."""

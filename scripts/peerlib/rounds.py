@@ -90,6 +90,8 @@ def run(
                 continue
             say(f"round {turn + 1} of {options.rounds}, {kind}: {name}")
             _take_turn(able[name], KINDS[kind], models[kind], options, outcome)
+            if turn == 0 and (failure := outcome.failed.get((kind, name))):
+                say(f"FAILED: {failure}")
     return outcome
 
 
