@@ -1,6 +1,6 @@
 """The broker's decisions: a state machine with no sockets, clock or threads.
 
-`Core.handle(event, now_ns)` changes the state and returns what is to be done.  Whatever a peer sends, it
+Events change the state, and `Core.take` gives what is to be done by then.  Whatever a peer sends, it
 either is legal here or is answered with an Error and changes nothing.
 
 The units of work are runs of slots, not slots: the cost of a message does not depend on how many it names.
@@ -139,6 +139,7 @@ class Core:
         self.workers: dict[int, Worker] = {}
         self.serving: list[Worker] = []  # those that may be sent work
         self._timers: list[tuple[int, int, Timed]] = []
+        self._mail: dict[int, list[m.FromBroker]] = {}
         self._actions: list[Action] = []
         self.now_ns = started_ns
         self._next_lease = 1
@@ -159,9 +160,7 @@ class Core:
             ProducerClosed: self._producer_closed,
             ProducerEnded: self._producer_ended,
             WorkerEnded: self._worker_ended,
-            Received: self._received,
             Drain: self._drain,
-            TurnEnded: self._turn_ended,
         }
         self._from_producer: dict[type[Any], Callable[[Producer, Any], None]] = {
             m.Lease: self._lease,
@@ -181,19 +180,38 @@ class Core:
     # ------------------------------------------------------------------ in and out
 
     def handle(self, event: Event, now_ns: int) -> list[Action]:
-        """Take one event; returns what to do, in order.  Work goes out on `TurnEnded`."""
-        self.now_ns = now_ns
-        self._events += 1
-        self._event_handlers[type(event)](event)
+        """Take one event; returns what to do.  `tell`, `receive` and `end_turn` do the same without a list."""
+        self.tell(event, now_ns)
+        mail, actions = self.take()
+        return [Send(peer, message) for peer, messages in mail.items() for message in messages] + actions
+
+    def tell(self, event: Event, now_ns: int) -> None:
+        """Take one event.  Work goes out on `TurnEnded`."""
+        if isinstance(event, Received):
+            self.receive(event.peer, [event.message], now_ns)
+        elif isinstance(event, TurnEnded):
+            self.end_turn(now_ns)
+        else:
+            self.now_ns = now_ns
+            self._events += 1
+            self._event_handlers[type(event)](event)
+
+    def take(self) -> tuple[dict[int, list[m.FromBroker]], list[Action]]:
+        """What was decided since the last time: messages for each peer, in order, and what else is to be done."""
+        mail, self._mail = self._mail, {}
         actions, self._actions = self._actions, []
-        return actions
+        return mail, actions
 
     def next_timer_ns(self) -> int | None:
         """When a `TurnEnded` is due even if nothing else happens."""
         return self._timers[0][0] if self._timers else None
 
     def _send(self, peer: int, message: m.FromBroker) -> None:
-        self._actions.append(Send(peer, message))
+        mail = self._mail.get(peer)
+        if mail is None:
+            self._mail[peer] = [message]
+        else:
+            mail.append(message)
 
     def _start_timer(self, when_ns: int, what: Timed) -> None:
         self._next_timer += 1
@@ -212,32 +230,37 @@ class Core:
             return what.watched
         return isinstance(what, Line) or what.lease.states[what.at] == State.QUEUED
 
-    def _received(self, event: Received) -> None:
-        peer, message = event
-        try:
-            producer = self.producers.get(peer)
-            if producer is not None:
-                if producer.closed and type(message) is not m.Release:
-                    return  # sent before its lifeline ended; only its slots are of interest now
-                handler = self._from_producer.get(type(message))
-                if handler is None:
-                    raise _Refused(m.BAD_MESSAGE, f"a producer may not send {type(message).__name__}")
-                handler(producer, message)
-                return
-            worker = self.workers.get(peer)
-            if worker is None:
-                return  # its end was handled before this, its last, message
-            worker_handler = self._from_worker.get(type(message))
-            if worker_handler is None:
-                raise _Refused(m.BAD_MESSAGE, f"a worker may not send {type(message).__name__}")
-            worker_handler(worker, message)
-        except _Refused as refused:
-            if refused.code == m.BAD_MESSAGE:
-                self.violations += 1
-            self._send(peer, m.Error(refused.code, str(refused), refused.request))
-        except IllegalTransition as error:
-            self.violations += 1
-            self._send(peer, m.Error(m.BAD_MESSAGE, str(error)))
+    def receive(self, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None:
+        """Take what a peer sent, as so many events of `Received`."""
+        self.now_ns = now_ns
+        producer = self.producers.get(peer)
+        worker = None if producer is not None else self.workers.get(peer)
+        for message in messages:
+            self._events += 1
+            try:
+                if producer is not None:
+                    if producer.closed and type(message) is not m.Release:
+                        continue  # sent before its lifeline ended; only its slots are of interest now
+                    handler = self._from_producer.get(type(message))
+                    if handler is None:
+                        raise _Refused(m.BAD_MESSAGE, f"a producer may not send {type(message).__name__}")
+                    handler(producer, message)
+                elif worker is not None:  # else its end was handled before this, its last, message
+                    worker_handler = self._from_worker.get(type(message))
+                    if worker_handler is None:
+                        raise _Refused(m.BAD_MESSAGE, f"a worker may not send {type(message).__name__}")
+                    worker_handler(worker, message)
+            except _Refused as refused:
+                if refused.code == m.BAD_MESSAGE:
+                    self.violations += 1
+                self._send(peer, m.Error(refused.code, str(refused), refused.request))
+            except IllegalTransition as error:
+                self.refuse(peer, str(error))
+
+    def refuse(self, peer: int, text: str) -> None:
+        """What a peer sent was no message."""
+        self.violations += 1
+        self._send(peer, m.Error(m.BAD_MESSAGE, text))
 
     def _producer_bye(self, _producer: Producer, _message: m.Bye) -> None:
         """Said out of courtesy; what counts is the end of its lifeline."""
@@ -704,7 +727,10 @@ class Core:
             model.waiting.clear()
             model.urgent.clear()
 
-    def _turn_ended(self, _event: TurnEnded) -> None:
+    def end_turn(self, now_ns: int) -> None:
+        """All that has arrived was received: make batches of it, and see to what is due."""
+        self.now_ns = now_ns
+        self._events += 1
         if self._timers and self._timers[0][0] <= self.now_ns:
             self._fire_timers()
         for model in self.models:

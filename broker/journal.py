@@ -13,7 +13,8 @@ Only its length may be missing then, and a frame's own bytes say where it ends.
 
 A record counts once its length, written last, is not 0; what follows the last record is all zeros.  (A process that
 is killed loses nothing that it wrote to shared memory, nor its order; a machine that loses power loses all of it, and
-the pool with it.)
+the pool with it.)  That all messages of a turn were sent is noted in the next record: until there is one, they would be
+sent again, and skipped.
 
 When the log is nearly full, a snapshot is written into the other half, the log after it cleared, and the header
 changed last.  Only the broker and the supervisor have this memory: nobody else is given its descriptor.
@@ -52,8 +53,11 @@ most of it is for are cut off, after which it fits.
 PAGE_BYTES: Final = mmap.PAGESIZE
 _HEADER_BYTES: Final = PAGE_BYTES
 _LENGTH: Final = struct.Struct("<Q")
-_RECORD: Final = struct.Struct("<IIQQ")  # length + 1, kind, peer, time
+_RECORD: Final = struct.Struct("<QQII")  # time, peer, kind, length + 1: CPython packs one after the other
 _WORD: Final = struct.Struct("<I")
+_WORD_AT: Final = _RECORD.size - _WORD.size
+_SETTLED: Final = 1 << 16
+"""Beside a kind: before this record, all was sent."""
 MAX_LOST_ZEROS: Final = 4096 + 64
 """A message ends with at most as many bytes that are 0: the longest text, and a few integers."""
 
@@ -72,7 +76,10 @@ class Kind(IntEnum):
     TURN = 5
     """The turn ended; what follows from it has perhaps been sent."""
     SENT = 6
-    """All of that has been sent, but for what the body says still waits."""
+    """All of that has been sent, but for what the body says still waits.  If nothing does, the next record says so."""
+
+
+_FRAME: Final = int(Kind.FRAME)
 
 
 class Record(NamedTuple):
@@ -116,6 +123,9 @@ class Journal:
         size: its bytes.
         log_bytes: of each log.
         reserve_bytes: see `RESERVE_BYTES`.
+
+    Attributes:
+        settled: all that follows from the last turn was sent; the next record will say so.
     """
 
     def __init__(
@@ -130,7 +140,7 @@ class Journal:
         start = _HEADER_BYTES + self._half * self._half_bytes
         self._log = self._at = start + _LENGTH.size + self._snapshot_length(start)
         self._end = min(self._log + log_bytes, start + self._half_bytes)
-        self._frame_at = 0
+        self.settled = False
 
     def close(self) -> None:
         """Unmap.  Again: nothing."""
@@ -149,19 +159,19 @@ class Journal:
 
     def frame(self, peer: int) -> memoryview:
         """Where to receive a frame from `peer`; `commit` follows if one came."""
-        start = self._at
-        _RECORD.pack_into(self._view, start, 0, Kind.FRAME, peer, 0)
-        start += _RECORD.size
+        _RECORD.pack_into(self._view, self._at, 0, peer, _FRAME | _SETTLED if self.settled else _FRAME, 0)
+        start = self._at + _RECORD.size
         return self._view[start : start + FRAME_BYTES]
 
     def commit(self, length: int, now_ns: int) -> memoryview:
         """The frame that was received; it stays until the next `replace`."""
         at = self._at
-        _LENGTH.pack_into(self._view, at + 16, now_ns)
-        _WORD.pack_into(self._view, at, length + 1)
+        _LENGTH.pack_into(self._view, at, now_ns)
+        _WORD.pack_into(self._view, at + _WORD_AT, length + 1)
         body = at + _RECORD.size
-        self._at = body + length
-        return self._view[body : self._at]
+        self._at = end = body + length
+        self.settled = False
+        return self._view[body:end]
 
     def write(self, kind: Kind, peer: int = 0, now_ns: int = 0, body: bytes = b"") -> None:
         """Append a record.
@@ -169,15 +179,15 @@ class Journal:
         Raises:
             JournalFull: it has no room.
         """
-        at = self._at
-        start = at + _RECORD.size
+        start = self._at + _RECORD.size
         end = start + len(body)
         if end + _RECORD.size > self._end:
             raise JournalFull(f"a record of {len(body)} bytes does not fit the log of {self._log_bytes} bytes")
-        self._view[start:end] = body
-        _RECORD.pack_into(self._view, at, 0, kind, peer, now_ns)
-        _WORD.pack_into(self._view, at, len(body) + 1)
+        if body:
+            self._view[start:end] = body
+        _RECORD.pack_into(self._view, self._at, now_ns, peer, kind | _SETTLED if self.settled else kind, len(body) + 1)
         self._at = end
+        self.settled = False
 
     def replace(self, snapshot: bytes) -> None:
         """Begin a new log after `snapshot`, which says all that the old one did.
@@ -197,6 +207,7 @@ class Journal:
         self._view[log:end] = bytes(end - log)
         self._view[0] = half
         self._half, self._log, self._at, self._end = half, log, log, end
+        self.settled = False
 
     # ------------------------------------------------------------------ reading
 
@@ -210,8 +221,11 @@ class Journal:
         """What was written since the snapshot; the last may be a frame whose length is not known."""
         at = self._log
         while at + _RECORD.size <= self._end:
-            length, kind, peer, now_ns = _RECORD.unpack_from(self._view, at)
+            now_ns, peer, kind, length = _RECORD.unpack_from(self._view, at)
             body = at + _RECORD.size
+            settled, kind = divmod(kind, _SETTLED)
+            if settled and (length or self._view[body]):
+                yield Record(Kind.SENT, 0, 0, b"")
             if not length:
                 if kind == Kind.FRAME and self._view[body]:
                     yield Record(Kind.FRAME, peer, 0, self._torn_frame(body), whole=False)

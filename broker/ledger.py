@@ -2,7 +2,7 @@
 
 ::
 
-    frame received into the journal --> core --> turn ends --> TURN written --> frames sent --> SENT written
+    frame received into the journal --> core --> turn ends --> TURN written --> frames sent --> SENT noted
                                                                       |
     a broker that dies anywhere: the next handles the same events again, `recover`, makes the same frames, and sends
     again those of a turn that has no SENT
@@ -139,7 +139,6 @@ class Ledger:
         self.journal = journal
         self.mail: dict[int, Mail] = {}
         self.next_peer = 1
-        self._actions: list[e.Action] = []
         self._greetings: dict[int, bytes] = {}
         self._writing = True
         self._owed: set[int] = set()  # peers over ZeroMQ that must be told what was heard of them
@@ -184,7 +183,7 @@ class Ledger:
         """The core is told something."""
         if self._writing:
             self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
-        self._actions += self.core.handle(event, now_ns)
+        self.core.tell(event, now_ns)
 
     def take(self, peer: int, frame: bytes, now_ns: int) -> None:
         """A frame of a peer came that is not written yet."""
@@ -203,26 +202,20 @@ class Ledger:
                 mail.hear_of(messages[0].frames)
                 del messages[0]
         except ProtocolError as error:
-            self.core.violations += 1
-            self._actions.append(e.Send(peer, m.Error(m.BAD_MESSAGE, str(error))))
+            self.core.refuse(peer, str(error))
         else:
-            self._take(peer, messages, now_ns)
+            self.core.receive(peer, messages, now_ns)
 
     def _take_greeting(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
         mail = self.mail.get(peer)
         if mail is not None and mail.post is not None:
             self._count(peer, mail.post)
-        self._take(peer, m.decode_to_broker(greeting)[1:], now_ns)
+        self.core.receive(peer, m.decode_to_broker(greeting)[1:], now_ns)
 
     def _count(self, peer: int, post: Post) -> None:
         post.heard += 1
         if post.owes >= HEARD_ALONE:
             self._owed.add(peer)
-
-    def _take(self, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None:
-        handle = self.core.handle
-        for message in messages:
-            self._actions += handle(e.Received(peer, message), now_ns)
 
     # ------------------------------------------------------------------ what follows from it
 
@@ -233,11 +226,17 @@ class Ledger:
         return self._end_turn(now_ns)
 
     def sent(self, slow: Iterable[int]) -> None:
-        """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some."""
+        """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some.
+
+        Whoever died right after it sends the last turn's mail again, which peers then skip.
+        """
         if not self._writing:
             return
         waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail}
-        self.journal.write(Kind.SENT, 0, 0, _encode(waiting) if waiting else b"")
+        if waiting:
+            self.journal.write(Kind.SENT, 0, 0, _encode(waiting))
+        else:
+            self.journal.settled = True
 
     def compact(self) -> None:
         """At the end of a turn: forget how it came to what is.
@@ -256,17 +255,10 @@ class Ledger:
         return sum(map(len, kept)) + (0 if producer is None else REQUEST_BYTES * producer.waiting)
 
     def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
-        actions = self._actions + self.core.handle(e.TurnEnded(), now_ns)
-        if not actions and not self._owed:
-            return [], []
-        self._actions = []
-        messages: dict[int, list[m.FromBroker]] = {peer: [] for peer in self._owed}
-        rest: list[e.Action] = []
-        for action in actions:
-            if isinstance(action, e.Send):
-                messages.setdefault(action.peer, []).append(action.message)
-            else:
-                rest.append(action)
+        self.core.end_turn(now_ns)
+        messages, rest = self.core.take()
+        for peer in self._owed:
+            messages.setdefault(peer, [])
         for peer, some in messages.items():
             mail = self.mail.get(peer)
             if mail is None:
@@ -336,7 +328,7 @@ class Ledger:
     def _retell(self, body: bytes, now_ns: int) -> None:
         number, *values = msgspec.msgpack.decode(body)
         event = _TOLD[number](*values)
-        self._actions += self.core.handle(event, now_ns)
+        self.core.tell(event, now_ns)
         if isinstance(event, e.ProducerJoined):
             self._take_greeting(event.peer, self._greetings.pop(event.peer), now_ns)
         if not isinstance(event, e.Drain):
