@@ -123,7 +123,7 @@ class Cuda:
         self._call("cudaHostUnregister", address)
 
     def clear_error(self) -> None:
-        """Forget the last error, which CUDA would report once more from an unrelated call."""
+        """Forget the last error of this thread, which a library that asks for it would take for its own."""
         self._rt.cudaGetLastError()
 
     # ------------------------------------------------------------------ device memory
@@ -223,6 +223,8 @@ class Cuda:
     def ended(self, event: Any) -> bool:
         """Whether the event has happened.
 
+        If not, CUDA keeps this answer as its last error: see `clear_error`.
+
         Raises:
             CudaError: also for anything that failed on the device before.
         """
@@ -231,8 +233,6 @@ class Cuda:
             return True
         if error != ERROR_NOT_READY:
             raise self.error("cudaEventQuery", error)
-        # An answer and no error; but CUDA keeps it as one, which a library could take for its own.
-        self.clear_error()
         return False
 
     def elapsed_ns(self, start: Any, end: Any) -> int:

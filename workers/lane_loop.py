@@ -3,21 +3,21 @@
 ::
 
     a turn, by whichever thread is awake, with the lock held
-      which flights have ended?  ---> their lanes are free
-      a frame of the broker's?   ---> waiting
-      launch what waits, while a lane is free  ---> flights
+      which flights have ended?                  ---> their lanes are free
+      while a lane is free: launch what waits,   ---> flights
+        or what a frame of the broker's brings
       tell the broker of all that ended, in one frame
 
-    nothing moves any more         there are flights      there are none
-      the thread that saw it         blocks on the oldest   blocks on the broker, if the other does not
-      the other thread               blocks on the broker   sleeps
-                                     if a lane is free
+    then                          there are flights               there are none
+      the thread that had it       blocks on the oldest            blocks on the broker, or sleeps if the other does
+      the other                    blocks on the broker; sleeps    sleeps
+                                   if no lane is free, or for so
+                                   short a batch
 
 Two threads, since a process can block on the device or on its broker, and not on both.  Neither has a task of its own:
 whoever wakes does all there is to do, and the other is called only for what it must listen to meanwhile.  So one batch
-by itself is launched, waited for and told by one thread, without waking another on the way, and under load, with
-every lane in use and the next batch here already, only one is ever awake: two that take turns pay for the
-interpreter's lock with each call to CUDA, which gives it up.
+by itself is launched, waited for and told by one thread, and with every lane in use, or only short batches, one is ever
+awake: two that take turns pay for the interpreter's lock with each call to CUDA, which gives it up.
 
 Any flight may end first, so all are asked at each turn; but who blocks, blocks on the oldest.
 
@@ -38,7 +38,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeAlias
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import EngineFailed, ProtocolError
@@ -51,6 +51,12 @@ log = logging.getLogger("trtpool.worker")
 
 SWITCH_S: Final = 0.0005
 """How long one thread may keep the interpreter while another wants it; Python's own 5 ms is longer than a batch."""
+
+SHORT_NS: Final = 50_000
+"""While a batch that takes no longer than this runs, nobody listens: to wake a thread for it costs as much."""
+
+_Flight: TypeAlias = tuple[m.Run, LaneEngine, int]
+"""A batch on a lane."""
 
 
 class LaneLoop:
@@ -79,13 +85,15 @@ class LaneLoop:
         self._spins = config.busy_poll
         self._free = list(range(min(engine.lanes for engine in engines)))
         self._waiting: deque[m.Run] = deque()
-        self._flights: list[tuple[m.Run, LaneEngine, int]] = []  # in order of launch, each with its lane
+        self._flights: list[_Flight] = []  # in order of launch
+        self._watched: _Flight | None = None  # the one that a thread blocks on
         self._ended: list[m.ToBroker] = []  # what the broker is still to be told
         self._error: ProtocolError | None = None
         # Whoever is awake has the lock.  A thread that sleeps hangs on the bell, which is locked until it is rung.
         self._lock, self._bell = threading.Lock(), threading.Lock()
         self._bell.acquire()
-        self._watches = self._listens = self._sleeps = False
+        self._took_ns = [SHORT_NS + 1] * len(engines)  # by model, its last batch
+        self._listens = self._sleeps = False
         self._second = threading.Thread(target=self._serve, name="second", daemon=True)
         sys.setswitchinterval(SWITCH_S)
         joined.pipe.send([m.Ready(device, len(self._free), config.gpu)])
@@ -118,8 +126,10 @@ class LaneLoop:
         with self._lock:
             try:
                 while self._flights or self._waiting or not self._inbox.over:
-                    if not self._turn() and not self._spins:
-                        self._rest()
+                    if self._turn() or self._spins:
+                        continue
+                    while self._rest():  # called: by now somebody else has seen to all but what it is for
+                        pass
             except EngineError as error:
                 # A fault on the device ends all that is in flight, and does not tell which batch it came from.
                 self._fail(f"the GPU failed: {error}")
@@ -131,30 +141,30 @@ class LaneLoop:
     # ------------------------------------------------------------------ a turn; the lock is held
 
     def _turn(self) -> bool:
-        """Do all that can be done now; whether there may be more."""
-        moved = self._collect()
-        if not self._waiting and self._free and not self._listens and not self._inbox.over:
-            runs = self._hear(self._inbox.poll)
-            self._waiting += runs
-            moved = moved or bool(runs)
-        while self._waiting and self._free:
+        """Do all that can be done now; whether something ended, so that more may have by now."""
+        self._collect()
+        while self._free:
+            if not self._waiting and not self._listens and not self._inbox.over:
+                self._waiting += self._hear(self._inbox.poll)
+            if not self._waiting:
+                break
             self._launch(self._waiting.popleft())
-        if self._ended:
-            self._tell(self._ended)
-        return moved
+        if not self._ended:
+            return False
+        self._tell(self._ended)
+        return True
 
-    def _collect(self) -> bool:
-        """Take what has ended off its lane; whether something has."""
-        moved = False
+    def _collect(self) -> None:
+        """Take what has ended off its lane."""
         for flight in self._flights[:]:
             run, engine, lane = flight
             times = engine.poll(lane)
             if times is not None:
                 self._flights.remove(flight)
-                self._free.append(lane)
                 self._ended.append(finished(run, times))
-                moved = True
-        return moved
+                self._took_ns[run.model] = times.copy_in_ns + times.compute_ns + times.copy_out_ns
+                if flight is not self._watched:  # else who blocks on it is about to give its lane back
+                    self._free.append(lane)
 
     def _hear(self, receive: Callable[[], list[m.Run]]) -> list[m.Run]:
         """What the broker sent; needs no lock."""
@@ -181,20 +191,29 @@ class LaneLoop:
 
     # ------------------------------------------------------------------ between turns; the lock is given up to wait
 
-    def _rest(self) -> None:
-        """Wait for what comes next: on the device, on the broker, or for a call of the other thread, who does both."""
+    def _rest(self) -> bool:
+        """Wait for what comes next: on the device, or on the broker; or sleep, if the other thread does what there is.
+
+        Returns:
+            Whether it slept, and was called.
+        """
         over = self._inbox.over
-        if self._flights and not self._watches:
-            if self._free and not self._listens and not over:
-                self._call()
-            _, engine, lane = self._flights[0]
-            self._watches = True
+        if self._flights and self._watched is None:
+            flight = self._watched = self._flights[0]
+            run, engine, lane = flight
+            calls = self._free and not self._listens and not over and self._took_ns[run.model] > SHORT_NS
             self._lock.release()
+            if calls:  # with the lock free, so that the other need not wait for it
+                self._call()
             try:
                 engine.block(lane)
             finally:
                 self._lock.acquire()
-                self._watches = False
+                self._watched = None
+            if flight not in self._flights:
+                # The other thread told of it.  It did not use the lane again, since a thread that comes late would
+                # block on the next flight there, and older ones would be told late.
+                self._free.append(lane)
         elif not over and not self._listens and (self._free or not self._flights):
             self._listens = True
             self._lock.release()
@@ -204,11 +223,13 @@ class LaneLoop:
                 self._lock.acquire()
                 self._listens = False
             self._waiting += runs
-        elif self._flights or not over:  # else all is done
+        elif self._watched is not None or not over:  # else all is done
             self._sleeps = True
             self._lock.release()
             self._bell.acquire()
             self._lock.acquire()
+            return True
+        return False
 
     def _call(self) -> None:
         """Wake the other thread, if it sleeps."""

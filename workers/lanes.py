@@ -265,6 +265,7 @@ class Lane:
                 raise self._cuda.error("cudaGraphLaunch", error)
             return
         assert self._context is not None
+        self._cuda.clear_error()  # `poll` leaves "not ready" behind
         self._context.enqueue(items, self._handle)
         # A capture needs a plain run at the same shape just before it: that was it.
         if self._capture and items in self._seen:

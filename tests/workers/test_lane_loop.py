@@ -23,7 +23,7 @@ from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers.engine import Batch, EngineError, Planes, Times
 from trtpool.workers.joining import MAX_TEXT, Joined
-from trtpool.workers.lane_loop import LaneLoop
+from trtpool.workers.lane_loop import SHORT_NS, LaneLoop
 
 NET_S: Final = 60.0
 """Far more than anything takes; a wait that reaches it has failed."""
@@ -37,6 +37,8 @@ class HeldEngine:
     Attributes:
         launched: the lane and first slot of each launch, in order.
         blocked: the lanes that threads block on.
+        threads: which did what, in order: "launch" or "block".
+        times: what each batch takes; more than a short one.
         refuse: what `launch` raises, if anything.
     """
 
@@ -44,6 +46,8 @@ class HeldEngine:
         self.lanes = lanes
         self.launched: list[tuple[int, int]] = []
         self.blocked: list[int] = []
+        self.threads: list[tuple[str, int]] = []
+        self.times = Times(SHORT_NS, 22, 33)
         self._blocks = blocks
         self.refuse: Exception | None = None
         self.closed = False
@@ -69,6 +73,7 @@ class HeldEngine:
             if self.refuse is not None:
                 raise self.refuse
             self._running[lane] = batch
+            self.threads.append(("launch", threading.get_ident()))
             self.launched.append((lane, batch[0].first))
             self._changed.notify_all()
 
@@ -76,6 +81,7 @@ class HeldEngine:
         assert self._blocks, "it is to spin"
         with self._changed:
             self.blocked.append(lane)
+            self.threads.append(("block", threading.get_ident()))
             self._changed.notify_all()
             over = self._changed.wait_for(lambda: lane in self._ended or lane not in self._running or self._over, NET_S)
             self.blocked.remove(lane)
@@ -92,7 +98,7 @@ class HeldEngine:
         for rows in batch:
             span = slice(rows.first, rows.first + rows.count)
             self._outputs["y"][span] = -self._inputs["x"][span]
-        return Times(11, 22, 33)
+        return self.times
 
     def close(self) -> None:
         self.closed = True
@@ -115,11 +121,10 @@ class HeldEngine:
         """Nobody learns meanwhile what has ended."""
         return self._changed
 
-    def wait_blocked(self) -> list[int]:
-        """`blocked`, once a thread does."""
+    def wait_blocked(self, lane: int) -> None:
+        """Until a thread blocks on a lane, and none on others."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self.blocked, NET_S), "no thread blocks"
-            return list(self.blocked)
+            assert self._changed.wait_for(lambda: self.blocked == [lane], NET_S), f"blocked on {self.blocked}"
 
     def let_go(self) -> None:
         """Let all that waits go on."""
@@ -206,8 +211,12 @@ class Rig:
 
     def wait_over(self) -> None:
         """Until the loop knows that nothing more comes."""
+        self.wait_until(lambda: self.loop._inbox.over)
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        """Until the loop is so far."""
         deadline = time.monotonic() + NET_S
-        while not self.loop._inbox.over:
+        while not true():
             assert time.monotonic() < deadline
 
     def join(self) -> None:
@@ -254,7 +263,7 @@ def make(monkeypatch: pytest.MonkeyPatch, spins: bool) -> Iterator[Callable[...,
 
 
 def finished(batch: int, attempt: int = 0) -> m.Finished:
-    return m.Finished(batch, attempt, 11, 22, 33, 0)
+    return m.Finished(batch, attempt, SHORT_NS, 22, 33, 0)
 
 
 # --- Work ----------------------------------------------------------------------------------------
@@ -307,10 +316,10 @@ def test_a_thread_blocks_on_the_oldest_batch(make):
     rig.run(4)
     rig.run(5)
     (oldest, _), (younger, _) = engine.wait_launched(2)
-    assert engine.wait_blocked() == [oldest]
+    engine.wait_blocked(oldest)
     engine.finish(oldest)
     assert rig.receive() == [finished(4)]
-    assert engine.wait_blocked() == [younger]
+    engine.wait_blocked(younger)
 
 
 def test_a_younger_batch_that_ended_need_not_wait_for_an_older_one(make):
@@ -324,6 +333,38 @@ def test_a_younger_batch_that_ended_need_not_wait_for_an_older_one(make):
     engine.wait_launched(3)
     engine.finish(oldest)
     assert rig.receive() == [finished(4)]
+
+
+@pytest.mark.parametrize("spins", [False], indirect=True)
+def test_short_batches_wake_no_other_thread(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    engine.times = Times(1, 2, 3)
+    for number in range(1, 9):
+        rig.run(number)
+        lane, _ = engine.wait_launched(number)[-1]
+        engine.finish(lane)
+        assert rig.receive() == [m.Finished(number, 0, 1, 2, 3, 0)]
+        if number == 1:  # nobody knew yet how short it is
+            rig.wait_until(lambda: rig.loop._sleeps)
+            del engine.threads[:]
+    assert len({thread for _, thread in engine.threads}) == 1
+
+
+@pytest.mark.parametrize("spins", [False], indirect=True)
+def test_what_comes_while_a_short_batch_runs_is_heard_after_it(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    engine.times = Times(1, 2, 3)
+    rig.run(1)
+    engine.finish(engine.wait_launched(1)[0][0])
+    assert rig.receive()
+    rig.run(2)
+    lane, _ = engine.wait_launched(2)[1]
+    rig.run(3)
+    engine.finish(lane)
+    assert rig.receive() == [m.Finished(2, 0, 1, 2, 3, 0)]
+    assert engine.wait_launched(3)[-1][1] == 3
 
 
 def test_with_a_lane_free_new_work_is_heard_while_other_runs(make):
