@@ -117,6 +117,8 @@ class Pipe:
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._hearing = Hearing()
+        # Frames are read into one buffer: bytes of the largest size, made for each, cost more than the rest.
+        self._buffer = memoryview(bytearray(FRAME_BYTES))
         sock.setblocking(True)
 
     def send(self, messages: Sequence[m.ToBroker]) -> None:
@@ -134,14 +136,34 @@ class Pipe:
             ProtocolError: the broker sent something else than messages.
         """
         while True:
-            try:
-                frame = self._sock.recv(FRAME_BYTES)
-            except ConnectionResetError:  # it closed with something of ours unread: told once, before what it sent last
-                frame = self._sock.recv(FRAME_BYTES)
-            if not frame:
+            size = self._read(0)
+            if not size:
                 return []
-            if messages := self._hearing.take(frame):
+            if messages := self._hearing.take(bytes(self._buffer[:size])):
                 return messages
+
+    def poll(self) -> list[m.FromBroker] | None:
+        """As `receive`, without waiting: None if nothing is there yet.
+
+        Raises:
+            ProtocolError: the broker sent something else than messages.
+        """
+        while True:
+            try:
+                size = self._read(socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            if not size:
+                return []
+            if messages := self._hearing.take(bytes(self._buffer[:size])):
+                return messages
+
+    def _read(self, flags: int) -> int:
+        """Read a frame into the buffer; its size, 0 at the end."""
+        try:
+            return self._sock.recv_into(self._buffer, 0, flags)
+        except ConnectionResetError:  # it closed with something of ours unread: told once, before what it sent last
+            return self._sock.recv_into(self._buffer, 0, flags)
 
     def close(self) -> None:
         """Close the lifeline.  Again: nothing."""

@@ -230,6 +230,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         cpus: CPUs that are this worker's share.
         name: what to call this worker in logs, such as "worker 1 on GPU 0".
         gpu: the pool's number for its GPU, which is the only one that it sees; None on the CPU.
+        busy_poll: spin instead of blocking: latency for a whole CPU, which must be to spare.
     """
 
     parent_pid: int
@@ -238,6 +239,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cpus: int
     name: str = "worker"
     gpu: int | None = None
+    busy_poll: bool = False
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -9,6 +9,7 @@ See the CUDA Runtime API; `cuda-python` 12.9 and 13 have the same calls under th
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -20,6 +21,7 @@ ERROR_MEMORY_ALLOCATION: Final = 2
 ERROR_INSUFFICIENT_DRIVER: Final = 35
 ERROR_DEVICES_UNAVAILABLE: Final = 46
 ERROR_NO_DEVICE: Final = 100
+ERROR_NOT_READY: Final = 600
 ERROR_ALREADY_REGISTERED: Final = 712
 ERROR_NOT_SUPPORTED: Final = 801
 
@@ -80,14 +82,15 @@ class Cuda:
         except CudaError as error:
             raise DeviceUnavailable(_no_device(error)) from error
         kinds = rt.cudaMemcpyKind
-        self._h2d, self._d2h = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
+        self.h2d, self.d2h = kinds.cudaMemcpyHostToDevice, kinds.cudaMemcpyDeviceToHost
         self._thread_local = rt.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        # The hot calls, looked up once.
-        self._memcpy_async: Callable[..., Any] = rt.cudaMemcpyAsync
+        # The hot calls, looked up once; whoever calls them raises `error` of what they answer.
+        self.memcpy_async: Callable[..., Any] = rt.cudaMemcpyAsync
+        self.graph_launch: Callable[..., Any] = rt.cudaGraphLaunch
         self._event_record: Callable[..., Any] = rt.cudaEventRecord
+        self._event_query: Callable[..., Any] = rt.cudaEventQuery
         self._event_synchronize: Callable[..., Any] = rt.cudaEventSynchronize
         self._event_elapsed: Callable[..., Any] = rt.cudaEventElapsedTime
-        self._graph_launch: Callable[..., Any] = rt.cudaGraphLaunch
         self._batch_attributes = self._make_batch_attributes()
 
     # ------------------------------------------------------------------ the device
@@ -97,11 +100,6 @@ class Cuda:
         (properties,) = self._call("cudaGetDeviceProperties", 0)
         name: bytes | str = properties.name
         return name.decode() if isinstance(name, bytes) else name
-
-    def compute_capability(self) -> tuple[int, int]:
-        """Such as ``(9, 0)``."""
-        (properties,) = self._call("cudaGetDeviceProperties", 0)
-        return properties.major, properties.minor
 
     def pci_bus_id(self) -> str:
         """Such as ``"0000:1b:00.0"``."""
@@ -125,7 +123,7 @@ class Cuda:
         self._call("cudaHostUnregister", address)
 
     def clear_error(self) -> None:
-        """Forget the last error, which CUDA would report once more from an unrelated call."""
+        """Forget the last error of this thread, which a library that asks for it would take for its own."""
         self._rt.cudaGetLastError()
 
     # ------------------------------------------------------------------ device memory
@@ -147,15 +145,15 @@ class Cuda:
 
     def copy_in(self, device: int, host: int, size: int, stream: Any) -> None:
         """Enqueue a copy of `size` bytes to the device."""
-        (error,) = self._memcpy_async(device, host, size, self._h2d, stream)
+        (error,) = self.memcpy_async(device, host, size, self.h2d, stream)
         if error:
-            raise self._error("cudaMemcpyAsync", error)
+            raise self.error("cudaMemcpyAsync", error)
 
     def copy_out(self, host: int, device: int, size: int, stream: Any) -> None:
         """Enqueue a copy of `size` bytes from the device."""
-        (error,) = self._memcpy_async(host, device, size, self._d2h, stream)
+        (error,) = self.memcpy_async(host, device, size, self.d2h, stream)
         if error:
-            raise self._error("cudaMemcpyAsync", error)
+            raise self.error("cudaMemcpyAsync", error)
 
     @property
     def copies_batches(self) -> bool:
@@ -168,7 +166,7 @@ class Cuda:
             targets, sources, sizes, len(sizes), self._batch_attributes, [0], 1, stream
         )
         if error:
-            raise self._error("cudaMemcpyBatchAsync", error)
+            raise self.error("cudaMemcpyBatchAsync", error)
 
     def _make_batch_attributes(self) -> Any:
         rt = self._rt
@@ -196,9 +194,10 @@ class Cuda:
         """Destroy a stream; what is in it still runs."""
         self._call("cudaStreamDestroy", stream)
 
-    def new_event(self) -> Any:
-        """An event with a time, on which threads block without spinning."""
-        (event,) = self._call("cudaEventCreateWithFlags", self._rt.cudaEventBlockingSync)
+    def new_event(self, *, blocks: bool = True) -> Any:
+        """An event with a time; threads wait for it without spinning, or, unless it `blocks`, need not wait for it."""
+        rt = self._rt
+        (event,) = self._call("cudaEventCreateWithFlags", rt.cudaEventBlockingSync if blocks else rt.cudaEventDefault)
         return event
 
     def destroy_event(self, event: Any) -> None:
@@ -209,7 +208,7 @@ class Cuda:
         """Enqueue an event."""
         (error,) = self._event_record(event, stream)
         if error:
-            raise self._error("cudaEventRecord", error)
+            raise self.error("cudaEventRecord", error)
 
     def wait_event(self, event: Any) -> None:
         """Block until the event has happened; other threads of Python run meanwhile.
@@ -219,14 +218,37 @@ class Cuda:
         """
         (error,) = self._event_synchronize(event)
         if error:
-            raise self._error("cudaEventSynchronize", error)
+            raise self.error("cudaEventSynchronize", error)
+
+    def ended(self, event: Any) -> bool:
+        """Whether the event has happened.
+
+        If not, CUDA keeps this answer as its last error: see `clear_error`.
+
+        Raises:
+            CudaError: also for anything that failed on the device before.
+        """
+        (error,) = self._event_query(event)
+        if not error:
+            return True
+        if error != ERROR_NOT_READY:
+            raise self.error("cudaEventQuery", error)
+        return False
 
     def elapsed_ns(self, start: Any, end: Any) -> int:
         """Nanoseconds between two events that have happened, to some 0.5 us."""
         error, milliseconds = self._event_elapsed(start, end)
         if error:
-            raise self._error("cudaEventElapsedTime", error)
+            raise self.error("cudaEventElapsedTime", error)
         return int(milliseconds * 1e6)
+
+    def recorder(self, event: Any, stream: Any) -> Callable[[], Any]:
+        """`cudaEventRecord` of an event on a stream, for hot paths: see `error`."""
+        return functools.partial(self._event_record, event, stream)
+
+    def stopwatch(self, start: Any, end: Any) -> Callable[[], Any]:
+        """`cudaEventElapsedTime` between two events, for hot paths: see `error`."""
+        return functools.partial(self._event_elapsed, start, end)
 
     def capture(self, enqueue: Callable[[], None], stream: Any) -> Any:
         """What `enqueue` puts on `stream`, as an executable graph; nothing of it runs.
@@ -259,9 +281,9 @@ class Cuda:
 
     def launch(self, graph: Any, stream: Any) -> None:
         """Enqueue a graph."""
-        (error,) = self._graph_launch(graph, stream)
+        (error,) = self.graph_launch(graph, stream)
         if error:
-            raise self._error("cudaGraphLaunch", error)
+            raise self.error("cudaGraphLaunch", error)
 
     def destroy_graph(self, graph: Any) -> None:
         """Destroy a graph that is not running."""
@@ -272,10 +294,11 @@ class Cuda:
     def _call(self, name: str, *arguments: Any) -> tuple[Any, ...]:
         error, *values = getattr(self._rt, name)(*arguments)
         if error:
-            raise self._error(name, error)
+            raise self.error(name, error)
         return tuple(values)
 
-    def _error(self, call: str, error: Any) -> CudaError:
+    def error(self, call: str, error: Any) -> CudaError:
+        """What to raise for an error that a call answered."""
         rt = self._rt
         _, name = rt.cudaGetErrorName(error)
         _, text = rt.cudaGetErrorString(error)

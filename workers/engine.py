@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy.typing as npt
 
+from trtpool.ipc import messages as m
 from trtpool.ipc.tensors import ModelSpec
 
 
@@ -27,6 +28,10 @@ class Rows(NamedTuple):
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs of it
     items: int
+
+
+Batch = Sequence[Rows | m.Rows]
+"""What to run, in this order; the rows of a message serve as they came."""
 
 
 class Times(NamedTuple):
@@ -59,7 +64,7 @@ class Engine(Protocol):
             ValueError: a plane does not have the shape, dtype or layout that `spec` asks for.
         """
 
-    def run(self, batch: Sequence[Rows]) -> Times:
+    def run(self, batch: Batch) -> Times:
         """Run the items of `batch` (at most `max_batch`) and return when their outputs are written.
 
         Raises:
@@ -73,27 +78,36 @@ class Engine(Protocol):
 class LaneEngine(Engine, Protocol):
     """An engine that has several batches in flight, each on a lane of its own.
 
-    `run` is `launch` on lane 0 and `wait` for it.
+    `run` is `launch` on lane 0, `block`, and `poll`.
     """
 
     @property
     def lanes(self) -> int:
         """How many batches it can have in flight; known after `bind`."""
 
-    def launch(self, lane: int, batch: Sequence[Rows]) -> None:
+    def launch(self, lane: int, batch: Batch) -> None:
         """Enqueue a batch on a lane that is free, and return at once.
 
         Raises:
             EngineError: the batch was refused or failed; nothing of it runs any more.
         """
 
-    def wait(self, lane: int) -> Times:
-        """Block until the batch on `lane` has ended, with its outputs written; the lane is free then.
+    def poll(self, lane: int) -> Times | None:
+        """The times of the batch on `lane` if it has ended, with its outputs written; the lane is free then.
 
-        Other threads run meanwhile, and may launch on other lanes.
+        None: it runs.
 
         Raises:
             EngineError: it failed; the outputs are undefined.
+        """
+
+    def block(self, lane: int) -> None:
+        """Wait until the batch on `lane` has ended, one that was launched meanwhile included.
+
+        Other threads run meanwhile, and may call all else.
+
+        Raises:
+            EngineError: it failed, as `poll` says too.
         """
 
 

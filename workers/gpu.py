@@ -50,7 +50,7 @@ class GpuWorker:
             pinned_s = time.monotonic()
             self.engines: list[LaneEngine] = []
             for number, (request, layout) in enumerate(zip(config.models, joined.models, strict=True)):
-                engine = TensorrtEngine(request.source, request.engine, cuda)
+                engine = TensorrtEngine(request.source, request.engine, cuda, busy_poll=config.busy_poll)
                 inputs, outputs = joined.planes(number, engine.spec)
                 engine.bind(inputs, outputs, layout.max_batch, self._registration.bounds)
                 self.engines.append(engine)

@@ -7,7 +7,7 @@ import logging
 import mmap
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from trtpool.ipc import messages as m
@@ -19,7 +19,7 @@ from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec
 
-from .engine import Planes, Rows, Times
+from .engine import Planes, Times
 
 log = logging.getLogger("trtpool.worker")
 
@@ -56,38 +56,73 @@ class Joined(NamedTuple):
         )
         return inputs, outputs
 
-    def runs(self) -> Iterator[m.Run]:
-        """The batches that the broker sends, until it ends or says Bye.
-
-        Raises:
-            ProtocolError: it refused what we sent.
-        """
-        while messages := self.pipe.receive():
-            for message in messages:
-                if isinstance(message, m.Run):
-                    yield message
-                elif isinstance(message, m.Error):
-                    raise ProtocolError(f"the broker refused a message: {message.text}")
-                elif isinstance(message, m.Bye):
-                    log.debug("leaving: %s", message.text)
-                    return
-
-    def rows(self, run: m.Run) -> Sequence[Rows]:
-        """The rows of a batch.
-
-        Raises:
-            ProtocolError: they do not lie in the planes.
-        """
-        model = self.models[run.model]
-        for rows in run.rows:
-            if rows.segment != model.segment or rows.first + rows.count > model.slots:
-                raise ProtocolError(f"batch {run.batch} names slots {rows.first}+{rows.count} of {model.slots}")
-        return [Rows(rows.first, rows.count, rows.items) for rows in run.rows]
-
     def leave(self) -> None:
         """Disconnect."""
         self.pipe.close()
         os.close(self.arena_fd)
+
+
+class Inbox:
+    """The batches that the broker sends to a worker.
+
+    Args:
+        joined: the worker's place in the pool.
+
+    Attributes:
+        over: nothing more comes, since the broker ended, said Bye, or is not understood.
+    """
+
+    def __init__(self, joined: Joined) -> None:
+        self._pipe = joined.pipe
+        self._bounds = [(model.segment, model.slots) for model in joined.models]
+        self.over = False
+
+    def receive(self) -> list[m.Run]:
+        """Wait for the next frame; the batches in it.
+
+        Raises:
+            ProtocolError: the broker refused what we sent, or names rows that do not lie in the planes.
+        """
+        return self._take(self._pipe.receive)
+
+    def poll(self) -> list[m.Run]:
+        """As `receive`, without waiting.
+
+        Raises:
+            ProtocolError: as from `receive`.
+        """
+        return self._take(self._pipe.poll)
+
+    def _take(self, read: Callable[[], Sequence[m.FromBroker] | None]) -> list[m.Run]:
+        runs: list[m.Run] = []
+        try:
+            messages = read()
+            if messages is None:
+                return runs
+            self.over = not messages
+            for message in messages:
+                if type(message) is m.Run:
+                    self._check(message)
+                    runs.append(message)
+                elif isinstance(message, m.Error):
+                    raise ProtocolError(f"the broker refused a message: {message.text}")
+                elif isinstance(message, m.Bye):
+                    log.debug("leaving: %s", message.text)
+                    self.over = True
+                    break
+        except ProtocolError:
+            self.over = True
+            raise
+        return runs
+
+    def _check(self, run: m.Run) -> None:
+        """Whether the rows of a batch lie in the planes; how many items they hold is for the engine to check."""
+        if run.model >= len(self._bounds):
+            raise ProtocolError(f"batch {run.batch} is for model {run.model} of {len(self._bounds)}")
+        segment, slots = self._bounds[run.model]
+        for rows in run.rows:
+            if rows.segment != segment or rows.first + rows.count > slots:
+                raise ProtocolError(f"batch {run.batch} names slots {rows.first}+{rows.count} of {slots}")
 
 
 def finished(run: m.Run, times: Times) -> m.Finished:

@@ -10,7 +10,7 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError
-from .joining import MAX_TEXT, Joined, finished
+from .joining import MAX_TEXT, Inbox, Joined, finished
 
 log = logging.getLogger("trtpool.worker")
 
@@ -26,6 +26,8 @@ class WorkerLoop:
 
     def __init__(self, joined: Joined, config: WorkerConfig, load: Callable[[InspectRequest, int], Engine]) -> None:
         self._joined = joined
+        inbox = self._inbox = Inbox(joined)
+        self._receive = inbox.poll if config.busy_poll else inbox.receive
         self._engines = [load(request, config.cpus) for request in config.models]
         for number, (engine, layout) in enumerate(zip(self._engines, joined.models, strict=True)):
             inputs, outputs = joined.planes(number, engine.spec)
@@ -35,8 +37,9 @@ class WorkerLoop:
     def run(self) -> None:
         """Serve until the broker ends or says Bye."""
         with contextlib.suppress(ConnectionError):  # it ended while we worked
-            for run in self._joined.runs():
-                self._joined.pipe.send([self._run(run)])
+            while not self._inbox.over:
+                for run in self._receive():
+                    self._joined.pipe.send([self._run(run)])
 
     def close(self) -> None:
         """Free the engines and disconnect."""
@@ -46,7 +49,7 @@ class WorkerLoop:
 
     def _run(self, run: m.Run) -> m.Finished | m.Failed:
         try:
-            times = self._engines[run.model].run(self._joined.rows(run))
+            times = self._engines[run.model].run(run.rows)
         except EngineError as error:
             log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error)
             return m.Failed(run.batch, run.attempt, str(error)[:MAX_TEXT])

@@ -36,7 +36,7 @@ from trtpool.ipc.errors import DeviceUnavailable
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
-from .engine import EngineError, Planes, Rows, Times
+from .engine import Batch, EngineError, Planes, Times
 from .onnx_model import describe, load, one_line
 from .planes import check_planes, raw_items
 
@@ -117,7 +117,7 @@ class OnnxEngine:
                 [_new_items(max_batch, tensor) for tensor in self._spec.outputs],
             )
 
-    def run(self, batch: Sequence[Rows]) -> Times:
+    def run(self, batch: Batch) -> Times:
         """Run `batch`, one call for each of its runs or one for all of them; see `Engine.run`."""
         if self._planes is None:
             raise EngineError(f"model {self._spec.name!r} is not bound to planes, or was closed")

@@ -11,7 +11,7 @@ from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 from .cuda import ERROR_MEMORY_ALLOCATION, Cuda, CudaError
-from .engine import EngineError, Planes, Rows, Times
+from .engine import Batch, EngineError, Planes, Times
 from .lanes import HostTensor, Lane
 from .planes import check_planes
 from .plans import Plan
@@ -26,6 +26,7 @@ class TensorrtEngine:
         source: the plan, and the model's name.
         settings: `lanes`, `graphs`, `flavour`, `shapes` and `host_code` are its own.
         cuda: the device.
+        busy_poll: nobody is to `block`; see `WorkerConfig`.
 
     Raises:
         ModelError: the file cannot be served; the text says what to change.
@@ -33,8 +34,11 @@ class TensorrtEngine:
         DeviceUnavailable: there is no GPU, or its memory is too small.
     """
 
-    def __init__(self, source: ModelSource, settings: EngineSettings, cuda: Cuda | None = None) -> None:
+    def __init__(
+        self, source: ModelSource, settings: EngineSettings, cuda: Cuda | None = None, *, busy_poll: bool = False
+    ) -> None:
         self._cuda = cuda or Cuda()
+        self._blocks = not busy_poll
         self._settings = settings
         try:
             self._plan = Plan(source, settings, self._cuda)
@@ -72,7 +76,10 @@ class TensorrtEngine:
         hosts = _addresses(spec.inputs, inputs), _addresses(spec.outputs, outputs)
         for number in range(self._settings.lanes):
             try:
-                lane = Lane(self._cuda, self._plan, *hosts, max_batch, bounds, graphs=self._settings.graphs)
+                lane = Lane(
+                    self._cuda, self._plan, *hosts, self._items_per_slot, max_batch, bounds,
+                    graphs=self._settings.graphs, blocks=self._blocks,
+                )  # fmt: skip
             except EngineError as error:
                 self._cuda.clear_error()
                 if not self._lanes:
@@ -93,35 +100,50 @@ class TensorrtEngine:
                 raise DeviceUnavailable(self._explain(error, number)) from error
             self._lanes.append(lane)
 
-    def launch(self, lane: int, batch: Sequence[Rows]) -> None:
+    def launch(self, lane: int, batch: Batch) -> None:
         """Enqueue a batch; see `LaneEngine.launch`."""
         if not self._lanes:
             raise EngineError(f"model {self._plan.spec.name!r} is not bound to planes, or was closed")
-        items = 0
+        items, per_slot, slots = 0, self._items_per_slot, self._slots
         for rows in batch:
-            items += rows.items
-            full = rows.count * self._items_per_slot
-            if (
-                rows.first < 0
-                or rows.first + rows.count > self._slots
-                or not full - self._items_per_slot < rows.items <= full
-            ):
-                raise EngineError(f"{rows} are not within the {self._slots} slots of the planes")
+            first, count, held = rows.first, rows.count, rows.items
+            items += held
+            full = count * per_slot
+            if first < 0 or first + count > slots or not full - per_slot < held <= full:
+                raise EngineError(f"{rows} are not within the {slots} slots of the planes")
         if not 0 < items <= self._max_batch:
             raise EngineError(f"a batch of {items} items is not from 1 to max_batch {self._max_batch}")
         try:
-            self._lanes[lane].launch(batch, self._items_per_slot)
+            self._lanes[lane].launch(batch, items)
+        except CudaError as error:
+            raise EngineError(str(error)) from error
+
+    def poll(self, lane: int) -> Times | None:
+        """The times of the batch on `lane` if it has ended; see `LaneEngine.poll`."""
+        try:
+            return self._lanes[lane].poll()
+        except CudaError as error:
+            raise EngineError(str(error)) from error
+
+    def block(self, lane: int) -> None:
+        """Wait until the batch on `lane` has ended; see `LaneEngine.block`."""
+        try:
+            self._lanes[lane].block()
         except CudaError as error:
             raise EngineError(str(error)) from error
 
     def wait(self, lane: int) -> Times:
-        """Block until the batch on `lane` has ended; see `LaneEngine.wait`."""
-        try:
-            return self._lanes[lane].wait()
-        except CudaError as error:
-            raise EngineError(str(error)) from error
+        """Wait until the batch on `lane` has ended, and return its times.
 
-    def run(self, batch: Sequence[Rows]) -> Times:
+        Raises:
+            EngineError: it failed; the outputs are undefined.
+        """
+        self.block(lane)
+        times = self.poll(lane)
+        assert times is not None  # nobody else launches on this lane meanwhile
+        return times
+
+    def run(self, batch: Batch) -> Times:
         """Run a batch on lane 0, and wait for it."""
         self.launch(0, batch)
         return self.wait(0)

@@ -108,6 +108,7 @@ class FakeRuntime:
     cudaMemcpySrcAccessOrder = d.cudaMemcpySrcAccessOrder
     cudaMemcpyAttributes = d.cudaMemcpyAttributes
     cudaStreamNonBlocking = 1
+    cudaEventDefault = 0
     cudaEventBlockingSync = 1
     cudaHostRegisterPortable = 1
     cudaHostRegisterMapped = 2
@@ -355,9 +356,9 @@ class FakeRuntime:
 
     @call(1)
     def cudaEventCreateWithFlags(self, flags: int) -> tuple[Event]:
-        if flags != self.cudaEventBlockingSync:
-            self.misuses.append("an event on which threads spin, or without a time")
-        return (self._new(Event()),)
+        if flags not in (self.cudaEventDefault, self.cudaEventBlockingSync):
+            self.misuses.append("an event without a time")
+        return (self._new(Event(blocks=flags == self.cudaEventBlockingSync)),)
 
     @call(0)
     def cudaEventRecord(self, event: Any, stream: Any) -> None:
@@ -372,9 +373,20 @@ class FakeRuntime:
     @call(0)
     def cudaEventSynchronize(self, event: Any) -> None:
         found = self._handle(Event, event)
+        if not found.blocks:
+            self.misuses.append("a thread spins on an event")
         if found.of is not None:
             stream, upto = found.of
             stream.wait(upto)
+        self._raise_fault()
+
+    @call(0)
+    def cudaEventQuery(self, event: Any) -> None:
+        """Not ready is an answer, which is kept as the last error all the same."""
+        found = self._handle(Event, event)
+        self._not_in_capture()
+        if found.of is not None and found.of[0].done < found.of[1]:
+            raise CallFailed(Code.cudaErrorNotReady)
         self._raise_fault()
 
     @call(1)

@@ -101,10 +101,14 @@ class Handle:
 
 
 class Event(Handle):
-    """`of` is the last record of it: the stream, and how many pieces of work came before its end there."""
+    """`of` is the last record of it: the stream, and how many pieces of work came before its end there.
 
-    def __init__(self) -> None:
+    Whether it `blocks` decides how a thread waits for it: asleep, or spinning.
+    """
+
+    def __init__(self, *, blocks: bool = True) -> None:
         super().__init__()
+        self.blocks = blocks
         self.of: tuple[Stream, int] | None = None
         self.time_ns = 0
 

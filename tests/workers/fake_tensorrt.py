@@ -384,8 +384,8 @@ class ExecutionContext:
         batch = next(iter(self._shapes.values()))[0]
         if self.profile < 0:
             return self._refuse("Error Code 2: Internal Error (Assertion mOptimizationProfile >= 0 failed. )")
-        if batch in engine.body.get("refused", []):
-            return self._refuse(f"Error Code 1: Cuda Runtime (no kernel for a batch of {batch})")
+        if batch in engine.body.get("refused", []) or runtime.last_error:  # whoever's it was
+            return self._refuse(f"Error Code 1: Cuda Runtime ({runtime.last_error}, no kernel for a batch of {batch})")
         if self._addresses.keys() != engine.tensors.keys():
             return self._refuse("Error Code 3: API Usage Error (a tensor has no address)")
         if any(size < 0 for shape in shapes.values() for size in shape):

@@ -27,8 +27,8 @@ from trtpool.workers.tensorrt_engine import TensorrtEngine
 POISON: Final = 0xA5
 
 HOT: Final = {
-    "cudaEventRecord", "cudaEventSynchronize", "cudaEventElapsedTime", "cudaMemcpyAsync", "cudaMemcpyBatchAsync",
-    "cudaGraphLaunch", "execute_async_v3",
+    "cudaEventRecord", "cudaEventSynchronize", "cudaEventQuery", "cudaEventElapsedTime", "cudaMemcpyAsync",
+    "cudaMemcpyBatchAsync", "cudaGraphLaunch", "execute_async_v3",
 }  # fmt: skip
 """Calls that allocate nothing and wait for nothing but an event."""
 
@@ -42,6 +42,7 @@ class GpuRig:
         runtime: the device.
         flavour: which TensorRT.
         lanes, graphs: see `EngineSettings`.
+        busy_poll: see `WorkerConfig`.
         slots, items_per_slot, max_batch: of the planes.
         chunk_bytes: of the registration.
         bind: whether to bind the engine to the planes.
@@ -57,6 +58,7 @@ class GpuRig:
         flavour: str = "tensorrt",
         lanes: int = 3,
         graphs: bool = True,
+        busy_poll: bool = False,
         slots: int = 32,
         items_per_slot: int = 1,
         max_batch: int = 8,
@@ -74,9 +76,8 @@ class GpuRig:
         self.path = write_plan(folder / "rig.plan", *model, magic=magic, version=version, **options)
         cuda = Cuda(self.runtime)
         with installed(make_module(flavour, self.runtime)):
-            self.engine = TensorrtEngine(
-                ModelSource(str(self.path), "rig"), EngineSettings(device="gpu", lanes=lanes, graphs=graphs), cuda
-            )
+            settings = EngineSettings(device="gpu", lanes=lanes, graphs=graphs)
+            self.engine = TensorrtEngine(ModelSource(str(self.path), "rig"), settings, cuda, busy_poll=busy_poll)
         layout = plan([ModelPlan(self.engine.spec, slots, items_per_slot, max_batch)])
         self._fd = create_segment(layout.segment_bytes)
         segment = map_segment(self._fd, layout.segment_bytes)

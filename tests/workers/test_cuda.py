@@ -105,7 +105,7 @@ def test_the_fake_has_the_real_error_codes(error, bindings):
 
 
 def test_the_device_is_described(cuda):
-    assert (cuda.device_name(), cuda.compute_capability(), cuda.pci_bus_id()) == ("Fake GPU", (9, 0), "0000:3b:00.0")
+    assert (cuda.device_name(), cuda.pci_bus_id()) == ("Fake GPU", "0000:3b:00.0")
     address = cuda.malloc(1 << 20)
     assert cuda.memory() == ((1 << 30) - (1 << 20), 1 << 30)
     cuda.free(address)
@@ -243,6 +243,44 @@ def test_times_of_events_that_have_not_happened_are_refused():
         cuda.elapsed_ns(*events)
 
 
+def test_whether_an_event_has_happened_is_asked_without_waiting():
+    cuda = Cuda(runtime := FakeRuntime(threads=True, held=True))
+    event, stream = cuda.new_event(), cuda.new_stream()
+    assert cuda.ended(event), "it was never recorded"
+    cuda.record(event, stream)
+    assert not cuda.ended(event)
+    assert runtime.last_error == cudaError_t.cudaErrorNotReady
+    cuda.clear_error()
+    assert not runtime.last_error
+    runtime.go()
+    cuda.synchronize(stream)
+    assert cuda.ended(event)
+
+
+def test_an_event_that_is_asked_in_a_capture_makes_it_void(cuda, runtime, buffers):
+    event = cuda.new_event()
+    with pytest.raises(CudaError, match="cudaErrorStreamCaptureUnsupported"):
+        cuda.capture(lambda: cuda.ended(event) and None, buffers.stream)
+    asked = []
+
+    def meanwhile() -> None:
+        thread = threading.Thread(target=lambda: asked.append(cuda.ended(event)))
+        thread.start()
+        thread.join()
+
+    cuda.destroy_graph(cuda.capture(meanwhile, buffers.stream))
+    assert asked == [True], "other threads may ask"
+    cuda.destroy_event(event)
+
+
+def test_the_fake_notices_a_thread_that_spins():
+    cuda = Cuda(runtime := FakeRuntime())
+    cuda.wait_event(cuda.new_event())
+    assert not runtime.misuses
+    cuda.wait_event(cuda.new_event(blocks=False))
+    assert runtime.misuses == ["a thread spins on an event"]
+
+
 @pytest.mark.parametrize("fail_index", [False, True], ids=["13", "12.9"])
 def test_batched_copies_go_both_ways(fail_index):
     cuda = Cuda(runtime := FakeRuntime(fail_index=fail_index))
@@ -347,7 +385,13 @@ def test_a_fault_is_told_by_every_call_after_it(cuda, runtime):
 
     runtime.stream(stream).enqueue(fault)
     cuda.record(event, stream)
-    for call in (lambda: cuda.wait_event(event), lambda: cuda.malloc(8), cuda.memory, lambda: cuda.synchronize(stream)):
+    for call in (
+        lambda: cuda.wait_event(event),
+        lambda: cuda.ended(event),
+        lambda: cuda.malloc(8),
+        cuda.memory,
+        lambda: cuda.synchronize(stream),
+    ):
         with pytest.raises(CudaError, match="cudaErrorIllegalAddress, 700"):
             call()
     cuda.clear_error()

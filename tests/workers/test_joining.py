@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import msgspec
 import numpy as np
@@ -17,8 +18,7 @@ from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.lifeline import Description, send_packet
 from trtpool.ipc.settings import PROTOCOL_VERSION, WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import Rows
-from trtpool.workers.joining import join
+from trtpool.workers.joining import Inbox, join
 
 X, Y = TensorSpec("x", "float32", (3,)), TensorSpec("y", "int16", ())
 SPEC = ModelSpec("a", "/a.onnx", (X,), (Y,))
@@ -84,22 +84,85 @@ def test_a_model_that_changed_meanwhile_is_refused(changed, joined):
         joined.planes(0, msgspec.structs.replace(SPEC, **changed))
 
 
-def test_the_rows_of_a_batch(joined):
-    run = m.Run(5, 0, 0, [m.Rows(0, 6, 2, 3), m.Rows(0, 0, 1, 1)])
-    assert joined.rows(run) == [Rows(6, 2, 3), Rows(0, 1, 1)]
+class Post:
+    """An inbox, and what is sent to it; `take` is `receive` or `poll`."""
+
+    def __init__(self, ours: socket.socket, inbox: Inbox, take: str) -> None:
+        self.ours, self.inbox = ours, inbox
+        self.take: Callable[[], list[m.Run]] = getattr(inbox, take)
+
+    def send(self, *messages: m.FromBroker) -> list[m.Run]:
+        self.ours.send(m.encode(list(messages)))
+        return self.take()
+
+
+@pytest.fixture(params=["receive", "poll"])
+def post(joined, ends, request):
+    return Post(ends[0], Inbox(joined), request.param)
+
+
+RUN = m.Run(5, 0, 0, [m.Rows(0, 6, 2, 3), m.Rows(0, 0, 1, 1)])
+
+
+def test_batches_come_by_the_frame(post):
+    assert post.send(RUN) == [RUN]
+    assert post.send(RUN, m.Run(6, 1, 1, [m.Rows(0, 3, 1, 1)])) == [RUN, m.Run(6, 1, 1, [m.Rows(0, 3, 1, 1)])]
+    assert not post.inbox.over
+
+
+def test_an_empty_inbox_can_be_polled(joined, ends):
+    inbox = Inbox(joined)
+    assert inbox.poll() == []
+    assert not inbox.over
+    ends[0].send(m.encode([RUN]))
+    assert inbox.poll() == [RUN]
+    assert inbox.poll() == []
 
 
 @pytest.mark.parametrize("rows", [m.Rows(0, 7, 2, 3), m.Rows(0, 8, 1, 1), m.Rows(1, 0, 1, 1)], ids=str)
-def test_rows_outside_of_the_planes_are_refused(rows, joined):
+def test_rows_outside_of_the_planes_are_refused(rows, post):
     with pytest.raises(ProtocolError, match="batch 5 names slots"):
-        joined.rows(m.Run(5, 0, 0, [m.Rows(0, 0, 1, 1), rows]))
+        post.send(m.Run(5, 0, 0, [m.Rows(0, 0, 1, 1), rows]))
+    assert post.inbox.over
 
 
-def test_the_slots_of_each_model_count(joined):
+def test_the_slots_of_each_model_count(post):
     rows = [m.Rows(0, 4, 1, 1)]
-    assert joined.rows(m.Run(1, 0, 0, rows))
+    assert post.send(m.Run(1, 0, 0, rows))
     with pytest.raises(ProtocolError, match=r"slots 4\+1 of 4"):
-        joined.rows(m.Run(1, 0, 1, rows))
+        post.send(m.Run(1, 0, 1, rows))
+
+
+def test_a_model_that_is_not_there_is_refused(post):
+    with pytest.raises(ProtocolError, match="batch 1 is for model 2 of 2"):
+        post.send(m.Run(1, 0, 2, [m.Rows(0, 0, 1, 1)]))
+
+
+def test_after_bye_nothing_comes(post):
+    assert post.send(RUN, m.Bye("later"), RUN) == [RUN]
+    assert post.inbox.over
+
+
+def test_at_the_brokers_end_nothing_comes(post):
+    post.ours.send(m.encode([RUN]))
+    post.ours.close()
+    assert (post.take(), post.inbox.over) == ([RUN], False)
+    assert (post.take(), post.inbox.over) == ([], True)
+
+
+def test_what_is_not_understood_is_the_last(post):
+    post.ours.send(b"?")
+    with pytest.raises(ProtocolError, match="1 bytes that are no messages"):
+        post.take()
+    assert post.inbox.over
+
+
+def test_frames_that_were_heard_before_are_skipped(post):
+    """The broker died after it had sent them, and the next sends them again."""
+    assert post.send(RUN) == [RUN]
+    post.ours.send(m.encode([m.Resume(2, 0)]))
+    post.ours.send(m.encode([RUN]))
+    assert post.send(m.Run(6, 0, 0, RUN.rows)) == [m.Run(6, 0, 0, RUN.rows)]
 
 
 def test_a_pool_that_ended_meanwhile_is_no_pool(ends):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import sys
@@ -20,9 +21,9 @@ from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import EngineError, Planes, Rows, Times
+from trtpool.workers.engine import Batch, EngineError, Planes, Times
 from trtpool.workers.joining import MAX_TEXT, Joined
-from trtpool.workers.lane_loop import LaneLoop
+from trtpool.workers.lane_loop import SHORT_NS, LaneLoop
 
 NET_S: Final = 60.0
 """Far more than anything takes; a wait that reaches it has failed."""
@@ -35,18 +36,25 @@ class HeldEngine:
 
     Attributes:
         launched: the lane and first slot of each launch, in order.
+        blocked: the lanes that threads block on.
+        threads: which did what, in order: "launch" or "block".
+        times: what each batch takes; more than a short one.
         refuse: what `launch` raises, if anything.
     """
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, *, blocks: bool) -> None:
         self.lanes = lanes
         self.launched: list[tuple[int, int]] = []
+        self.blocked: list[int] = []
+        self.threads: list[tuple[str, int]] = []
+        self.times = Times(SHORT_NS, 22, 33)
+        self._blocks = blocks
         self.refuse: Exception | None = None
         self.closed = False
-        self._running: dict[int, Sequence[Rows]] = {}
+        self._running: dict[int, Batch] = {}
         self._ended: dict[int, Exception | None] = {}
         self._over = False
-        self._changed = threading.Condition()
+        self._changed = threading.Condition()  # of an RLock
 
     @property
     def spec(self) -> ModelSpec:
@@ -55,29 +63,42 @@ class HeldEngine:
     def bind(self, inputs: Planes, outputs: Planes, max_batch: int) -> None:
         self._inputs, self._outputs = inputs, outputs
 
-    def run(self, batch: Sequence[Rows]) -> Times:
+    def run(self, batch: Batch) -> Times:
         raise NotImplementedError
 
-    def launch(self, lane: int, batch: Sequence[Rows]) -> None:
+    def launch(self, lane: int, batch: Batch) -> None:
         with self._changed:
             assert lane not in self._running, "the lane is in use"
             assert 0 <= lane < self.lanes
             if self.refuse is not None:
                 raise self.refuse
             self._running[lane] = batch
+            self.threads.append(("launch", threading.get_ident()))
             self.launched.append((lane, batch[0].first))
             self._changed.notify_all()
 
-    def wait(self, lane: int) -> Times:
+    def block(self, lane: int) -> None:
+        assert self._blocks, "it is to spin"
         with self._changed:
-            assert self._changed.wait_for(lambda: lane in self._ended or self._over, NET_S), "never ended"
+            self.blocked.append(lane)
+            self.threads.append(("block", threading.get_ident()))
+            self._changed.notify_all()
+            over = self._changed.wait_for(lambda: lane in self._ended or lane not in self._running or self._over, NET_S)
+            self.blocked.remove(lane)
+            assert over, "never ended"
+
+    def poll(self, lane: int) -> Times | None:
+        with self._changed:
+            assert lane in self._running, "nothing is on the lane"
+            if lane not in self._ended and not self._over:
+                return None
             batch, error = self._running.pop(lane), self._ended.pop(lane, None)
         if error is not None:
             raise error
         for rows in batch:
             span = slice(rows.first, rows.first + rows.count)
             self._outputs["y"][span] = -self._inputs["x"][span]
-        return Times(11, 22, 33)
+        return self.times
 
     def close(self) -> None:
         self.closed = True
@@ -95,6 +116,15 @@ class HeldEngine:
         with self._changed:
             assert self._changed.wait_for(lambda: len(self.launched) >= count, NET_S), "never launched"
             return list(self.launched)
+
+    def still(self) -> contextlib.AbstractContextManager[Any]:
+        """Nobody learns meanwhile what has ended."""
+        return self._changed
+
+    def wait_blocked(self, lane: int) -> None:
+        """Until a thread blocks on a lane, and none on others."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.blocked == [lane], NET_S), f"blocked on {self.blocked}"
 
     def let_go(self) -> None:
         """Let all that waits go on."""
@@ -129,7 +159,7 @@ class End:
 class Rig:
     """A loop in a thread, with the broker's end of its lifeline in the test's hands."""
 
-    def __init__(self, lanes: Sequence[int]) -> None:
+    def __init__(self, lanes: Sequence[int], *, spins: bool) -> None:
         self.broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.broker.settimeout(NET_S)
         x, y = TensorSpec("x", "float32", (2,)), TensorSpec("y", "float32", (2,))
@@ -138,12 +168,12 @@ class Rig:
         fd = create_segment(layout.segment_bytes)
         self.joined = Joined(Pipe(theirs), map_segment(fd, layout.segment_bytes), fd, layout.models)
         self.planes = [self.joined.planes(number, spec) for number, spec in enumerate(specs)]
-        self.engines = [HeldEngine(count) for count in lanes]
+        self.engines = [HeldEngine(count, blocks=not spins) for count in lanes]
         for engine, (inputs, outputs) in zip(self.engines, self.planes, strict=True):
             inputs["x"][...] = np.arange(SLOTS)[:, None, None] + 1
             engine.bind(inputs, outputs, 4)
         self.end = End()
-        config = WorkerConfig(os.getpid(), theirs.fileno(), (), 1, gpu=7)
+        config = WorkerConfig(os.getpid(), theirs.fileno(), (), 1, gpu=7, busy_poll=spins)
         engines: Any = self.engines
         self.loop = LaneLoop(self.joined, config, engines, "Fake GPU", end=self.end)
         self.raised: BaseException | None = None
@@ -170,6 +200,25 @@ class Rig:
         frame = self.broker.recv(1 << 16)
         return m.decode_to_broker(frame) if frame else []
 
+    def hear(self, count: int) -> list[m.ToBroker]:
+        """The next messages, in however many frames."""
+        heard: list[m.ToBroker] = []
+        while len(heard) < count:
+            frame = self.receive()
+            assert frame, f"the worker has ended, after {heard}"
+            heard += frame
+        return heard
+
+    def wait_over(self) -> None:
+        """Until the loop knows that nothing more comes."""
+        self.wait_until(lambda: self.loop._inbox.over)
+
+    def wait_until(self, true: Callable[[], bool]) -> None:
+        """Until the loop is so far."""
+        deadline = time.monotonic() + NET_S
+        while not true():
+            assert time.monotonic() < deadline
+
     def join(self) -> None:
         """Until `run` has come back."""
         self._thread.join(NET_S)
@@ -189,8 +238,13 @@ class Rig:
         self.broker.close()
 
 
+@pytest.fixture(params=[False, True], ids=["blocks", "spins"])
+def spins(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
+def make(monkeypatch: pytest.MonkeyPatch, spins: bool) -> Iterator[Callable[..., Rig]]:  # a fixture
     """Makes rigs of models with so many lanes each."""
     hook = threading.excepthook
     # pytest complains of a thread that `End` ended.
@@ -199,7 +253,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
     rigs = []
 
     def make(*lanes: int) -> Rig:
-        rigs.append(Rig(lanes))
+        rigs.append(Rig(lanes, spins=spins))
         return rigs[-1]
 
     yield make
@@ -209,7 +263,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Rig]]:
 
 
 def finished(batch: int, attempt: int = 0) -> m.Finished:
-    return m.Finished(batch, attempt, 11, 22, 33, 0)
+    return m.Finished(batch, attempt, SHORT_NS, 22, 33, 0)
 
 
 # --- Work ----------------------------------------------------------------------------------------
@@ -241,14 +295,103 @@ def test_a_batch_is_finished_when_its_outputs_are_written(make):
     assert outputs.tolist() == [-(slot + 1) if slot in (5, 6, 1) else 0 for slot in range(SLOTS)]
 
 
-def test_batches_are_told_in_the_order_that_they_were_launched(make):
+def test_batches_that_have_ended_are_all_told(make, spins):
     rig = make(3)
     rig.run(4, 5, 6)
     lanes = [lane for lane, _ in rig.engines[0].wait_launched(3)]
     assert sorted(lanes) == [0, 1, 2]
-    for lane in reversed(lanes):
+    with rig.engines[0].still():
+        for lane in reversed(lanes):
+            rig.engines[0].finish(lane)
+    if spins:  # it may be looking at any of them
+        assert sorted(message.batch for message in rig.hear(3)) == [4, 5, 6]
+    else:
+        assert rig.receive() == [finished(4), finished(5), finished(6)]
+
+
+@pytest.mark.parametrize("spins", [False], indirect=True)
+def test_a_thread_blocks_on_the_oldest_batch(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    rig.run(4)
+    rig.run(5)
+    (oldest, _), (younger, _) = engine.wait_launched(2)
+    engine.wait_blocked(oldest)
+    engine.finish(oldest)
+    assert rig.receive() == [finished(4)]
+    engine.wait_blocked(younger)
+
+
+def test_a_younger_batch_that_ended_need_not_wait_for_an_older_one(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    rig.run(4, 5)
+    (oldest, _), (younger, _) = engine.wait_launched(2)
+    engine.finish(younger)
+    rig.run(6)  # whoever hears of it looks at all that runs
+    assert rig.receive() == [finished(5)]
+    engine.wait_launched(3)
+    engine.finish(oldest)
+    assert rig.receive() == [finished(4)]
+
+
+@pytest.mark.parametrize("spins", [False], indirect=True)
+def test_short_batches_wake_no_other_thread(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    engine.times = Times(1, 2, 3)
+    for number in range(1, 9):
+        rig.run(number)
+        lane, _ = engine.wait_launched(number)[-1]
+        engine.finish(lane)
+        assert rig.receive() == [m.Finished(number, 0, 1, 2, 3, 0)]
+        if number == 1:  # nobody knew yet how short it is
+            rig.wait_until(lambda: rig.loop._sleeps)
+            del engine.threads[:]
+    assert len({thread for _, thread in engine.threads}) == 1
+
+
+@pytest.mark.parametrize("spins", [False], indirect=True)
+def test_what_comes_while_a_short_batch_runs_is_heard_after_it(make):
+    rig = make(3)
+    engine = rig.engines[0]
+    engine.times = Times(1, 2, 3)
+    rig.run(1)
+    engine.finish(engine.wait_launched(1)[0][0])
+    assert rig.receive()
+    rig.run(2)
+    lane, _ = engine.wait_launched(2)[1]
+    rig.run(3)
+    engine.finish(lane)
+    assert rig.receive() == [m.Finished(2, 0, 1, 2, 3, 0)]
+    assert engine.wait_launched(3)[-1][1] == 3
+
+
+def test_with_a_lane_free_new_work_is_heard_while_other_runs(make):
+    rig = make(3)
+    for number in range(1, 4):
+        rig.run(number)
+        assert rig.engines[0].wait_launched(number)[-1][1] == number
+
+
+def test_a_batch_that_comes_when_no_lane_is_free_is_heard_when_one_is(make):
+    rig = make(1)
+    rig.run(1)
+    rig.engines[0].wait_launched(1)
+    rig.run(2)
+    rig.engines[0].finish(0)
+    assert rig.receive() == [finished(1)]
+    assert rig.engines[0].wait_launched(2) == [(0, 1), (0, 2)]
+
+
+def test_by_itself_each_batch_is_told_in_a_frame_of_its_own(make):
+    """Again and again, since the threads take turns."""
+    rig = make(3)
+    for number in range(1, 50):
+        rig.run(number % SLOTS)
+        lane, _ = rig.engines[0].wait_launched(number)[-1]
         rig.engines[0].finish(lane)
-    assert [rig.receive() for _ in range(3)] == [[finished(4)], [finished(5)], [finished(6)]]
+        assert rig.receive() == [finished(number % SLOTS)]
 
 
 def test_a_batch_beyond_the_lanes_waits_for_the_first_that_comes_free(make):
@@ -305,16 +448,15 @@ def test_a_batch_that_cannot_be_launched_is_failed_and_the_worker_ends(make):
     assert [first for _, first in engine.launched] == [1]
 
 
-def test_a_waiting_batch_that_cannot_be_launched_is_failed_by_the_thread_that_launches_it(make):
+def test_a_waiting_batch_that_cannot_be_launched_is_failed_and_what_ended_is_told(make):
     rig = make(1)
     engine = rig.engines[0]
     rig.run(1, 2)
     engine.wait_launched(1)
     engine.refuse = EngineError("no such kernel")
     engine.finish(0)
-    assert rig.receive() == [finished(1)]
     text = "batch 2 could not be launched: no such kernel"
-    assert rig.receive() == [m.Failed(2, 0, text), m.Bye(text)]
+    assert rig.receive() == [finished(1), m.Failed(2, 0, text), m.Bye(text)]
     assert rig.end.wait() == EngineFailed.exit_code
 
 
@@ -332,7 +474,7 @@ def test_a_defect_of_ours_ends_the_worker_too(make):
     rig.run(1)
     ((lane, _),) = rig.engines[0].wait_launched(1)
     rig.engines[0].finish(lane, RuntimeError("unforeseen"))
-    assert rig.receive() == [m.Bye("the completion thread failed: RuntimeError('unforeseen')")]
+    assert rig.receive() == [m.Bye("the worker failed: RuntimeError('unforeseen')")]
     assert rig.end.wait() == EngineFailed.exit_code
 
 
@@ -358,20 +500,68 @@ def test_a_fault_ends_the_worker_when_the_broker_has_ended_before(make):
 
 
 def test_when_the_broker_ends_what_runs_is_waited_for(make):
-    rig = make(2)
+    rig = make(3)
     rig.run(1, 2)
     lanes = [lane for lane, _ in rig.engines[0].wait_launched(2)]
     rig.broker.shutdown(socket.SHUT_RDWR)
-    deadline = time.monotonic() + NET_S
-    while rig.loop._flights.qsize() < 2:  # batch 2, and the end: the loop has seen that the broker ended
-        assert time.monotonic() < deadline
+    rig.wait_over()
     for lane in lanes:
         rig.engines[0].finish(lane)
     rig.join()
     assert rig.raised is None
-    assert not rig.loop._completion.is_alive()
-    assert rig.planes[0][1]["y"][1].all()
+    assert not rig.loop._second.is_alive()
+    assert rig.planes[0][1]["y"][1:3].all()
     assert not rig.end.codes
+
+
+def test_when_the_broker_ends_with_every_lane_in_use_the_worker_ends_after_them(make):
+    rig = make(2)
+    rig.run(1, 2)
+    lanes = [lane for lane, _ in rig.engines[0].wait_launched(2)]
+    rig.broker.shutdown(socket.SHUT_RDWR)
+    for lane in lanes:
+        rig.engines[0].finish(lane)
+    rig.join()
+    assert rig.raised is None
+    assert rig.planes[0][1]["y"][1:3].all()
+
+
+def test_a_bye_that_comes_while_no_lane_is_free_is_heard_when_one_is(make):
+    """And by then one thread sleeps, which must not do so for ever."""
+    rig = make(1)
+    rig.run(1)
+    rig.engines[0].wait_launched(1)
+    rig.send(m.Bye("the pool stops"))
+    rig.engines[0].finish(0)
+    assert rig.receive() == [finished(1)]
+    rig.join()
+    assert rig.raised is None
+
+
+def test_what_waits_when_bye_comes_is_finished(make):
+    rig = make(1)
+    rows = [m.Rows(0, 1, 1, 1)]
+    rig.send(m.Run(1, 0, 0, rows), m.Run(2, 0, 0, rows), m.Bye("the pool stops"))
+    for number in (1, 2):
+        rig.engines[0].wait_launched(number)
+        rig.engines[0].finish(0)
+        assert rig.receive() == [finished(number)]
+    rig.join()
+    assert rig.raised is None
+
+
+@pytest.mark.parametrize("rounds", range(20))
+def test_it_ends_at_once_when_nothing_runs(rounds, make):
+    """The end may be heard by either thread, between any two steps of the other."""
+    rig = make(3)
+    for number in range(rounds % 4):
+        rig.run(number + 1)
+        lane, _ = rig.engines[0].wait_launched(number + 1)[-1]
+        rig.engines[0].finish(lane)
+    rig.send(m.Bye("the pool stops"))
+    assert rig.hear(rounds % 4) == [finished(number + 1) for number in range(rounds % 4)]
+    rig.join()
+    assert rig.raised is None
 
 
 def test_after_bye_what_runs_is_finished(make):
@@ -381,7 +571,7 @@ def test_after_bye_what_runs_is_finished(make):
     rig.send(m.Bye("the pool stops"))
     for lane in lanes:
         rig.engines[0].finish(lane)
-    assert [rig.receive(), rig.receive()] == [[finished(1)], [finished(2)]]
+    assert sorted(message.batch for message in rig.hear(2)) == [1, 2]
     rig.join()
     assert rig.raised is None
     assert not rig.engines[0].closed
@@ -397,6 +587,7 @@ def test_an_error_of_the_brokers_is_told(idle, make):
         rig.engines[0].wait_launched(1)
     rig.send(m.Error(m.BAD_MESSAGE, "what is that?"))
     rig.engines[0].let_go()
+    assert rig.hear(not idle) == [finished(1)] * (not idle)
     rig.join()
     assert isinstance(rig.raised, ProtocolError)
     assert "the broker refused a message: what is that?" in str(rig.raised)

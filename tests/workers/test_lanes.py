@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.workers.fake_cuda import TICK_NS, FakeRuntime
-from tests.workers.fake_device import NET_S, cudaError_t
+from tests.workers.fake_device import NET_S, Event, cudaError_t
 from tests.workers.fake_tensorrt import FAULT, Tensor, batched, neg
 from tests.workers.gpu_rig import HOT, GpuRig, batch_of
 from trtpool.ipc.errors import DeviceUnavailable
@@ -243,6 +243,60 @@ def test_a_lane_that_is_waited_for_is_done_and_others_need_not_be(tmp_path):
         rig.check(batch_of(4, 4), batch_of(4, 8))
 
 
+@pytest.mark.parametrize("busy_poll", [False, True])
+def test_whether_a_batch_has_ended_is_asked_without_waiting(busy_poll, tmp_path):
+    runtime = FakeRuntime(threads=True)
+    with GpuRig(tmp_path, runtime=runtime, busy_poll=busy_poll) as rig:
+        for stream in runtime.streams():
+            stream.held = True
+        for lane in range(3):
+            rig.engine.launch(lane, batch_of(4, 4 * lane))
+        assert [rig.engine.poll(lane) for lane in range(3)] == [None] * 3
+        stream = runtime.stream(rig.lanes[1]._handle)
+        stream.go()
+        stream.wait(stream.put)
+        assert [rig.engine.poll(lane) is None for lane in range(3)] == [True, False, True]
+        rig.check(batch_of(4, 4))
+        rig.engine.launch(1, batch_of(4, 20))
+        runtime.go()
+        for lane in range(3):
+            while (times := rig.engine.poll(lane)) is None:
+                pass
+            assert min(times.copy_in_ns, times.compute_ns, times.copy_out_ns) > 0
+        rig.check(*(batch_of(4, first) for first in (0, 4, 8, 20)))
+
+
+def test_the_answer_that_a_batch_runs_does_not_disturb_tensorrt(tmp_path):
+    """CUDA keeps "not ready" as the last error, for which libraries ask after their own calls."""
+    with GpuRig(tmp_path, lanes=2) as rig:
+        for _ in range(3):  # plain, captured, as a graph
+            rig.engine.launch(0, batch_of(3))
+            assert rig.engine.poll(0) is None
+            assert rig.runtime.last_error
+            rig.engine.launch(1, batch_of(3, 8))
+            for lane in (0, 1):
+                rig.engine.wait(lane)
+            rig.check(batch_of(3), batch_of(3, 8))
+
+
+def test_who_blocks_on_a_lane_that_was_used_again_waits_for_that(tmp_path):
+    with GpuRig(tmp_path, lanes=1) as rig:
+        for first in (0, 8):
+            rig.engine.launch(0, batch_of(4, first))
+            rig.engine.block(0)
+            rig.engine.block(0)
+            assert rig.engine.poll(0) is not None
+        rig.check(batch_of(4), batch_of(4, 8))
+
+
+def test_only_the_event_at_the_end_is_waited_for(tmp_path):
+    """What a thread may block on costs an interrupt."""
+    for busy_poll in (False, True):
+        with GpuRig(tmp_path, lanes=2, busy_poll=busy_poll) as rig:
+            events = [handle for handle in rig.runtime._handles.values() if isinstance(handle, Event)]
+            assert sum(event.blocks for event in events) == (0 if busy_poll else 2)
+
+
 @given(data=st.data())
 def test_any_batches_on_any_lanes(data, tmp_path_factory):
     items_per_slot = data.draw(st.sampled_from([1, 3]))
@@ -327,14 +381,18 @@ def test_a_launch_that_cuda_refuses_leaves_nothing_running(call, tmp_path):
             rig.run(batch)
 
 
-def test_a_fault_of_the_device_is_told_by_wait_and_does_not_break_close(tmp_path):
+def test_a_fault_of_the_device_is_told_by_all_and_does_not_break_close(tmp_path):
     with GpuRig(tmp_path, faults=True) as rig:
         rig.engine.launch(0, batch_of(2))
         rig.inputs["x"][1, 0, 3] = FAULT
         rig.engine.launch(1, batch_of(2, 4))
+        with pytest.raises(EngineError, match="cudaErrorIllegalAddress, 700"):
+            rig.engine.block(0)
         for lane in (0, 1):
             with pytest.raises(EngineError, match="cudaErrorIllegalAddress, 700"):
                 rig.engine.wait(lane)
+            with pytest.raises(EngineError, match="cudaErrorIllegalAddress, 700"):
+                rig.engine.poll(lane)
         with pytest.raises(EngineError, match="700"):
             rig.engine.launch(2, batch_of(1))
 

@@ -39,9 +39,18 @@ class Worker:
         environment: what to set for it.
         gpu: the GPU's number; None: on the CPU.
         limit: the largest batch that the model is thought to take.
+        busy_poll: whether it is to spin.
     """
 
-    def __init__(self, path: Path, environment: Mapping[str, str], gpu: int | None = None, limit: int = 64) -> None:
+    def __init__(
+        self,
+        path: Path,
+        environment: Mapping[str, str],
+        gpu: int | None = None,
+        limit: int = 64,
+        *,
+        busy_poll: bool = False,
+    ) -> None:
         layout = plan([ModelPlan(ModelSpec("neg", str(path), (X,), (Y,), limit), 12, 1, 8)])
         self._fd = create_segment(layout.segment_bytes)
         segment = map_segment(self._fd, layout.segment_bytes)
@@ -57,6 +66,7 @@ class Worker:
             1,
             name="worker under test",
             gpu=gpu,
+            busy_poll=busy_poll,
         )
         self.process = subprocess.Popen(
             [sys.executable, "-m", "trtpool.workers"],
@@ -101,16 +111,19 @@ def start(tmp_path: Path) -> Iterator[Any]:
     """Starts workers: on a fake GPU, whose `device` is as in `make_packages`, on the plan with `options`."""
     with ExitStack() as stack:
 
-        def start(device: Mapping[str, Any] | None = None, limit: int = 64, **options: Any) -> Worker:
+        def start(
+            device: Mapping[str, Any] | None = None, limit: int = 64, *, busy_poll: bool = False, **options: Any
+        ) -> Worker:
             path = write_plan(tmp_path / "neg.plan", *neg(), **options)
             environment = make_packages(tmp_path / "packages", **(device or {}))
-            return stack.enter_context(Worker(path, environment, gpu=3, limit=limit))
+            return stack.enter_context(Worker(path, environment, gpu=3, limit=limit, busy_poll=busy_poll))
 
         yield start
 
 
-def test_a_worker_on_a_gpu_serves_until_it_is_told_to_leave(start):
-    worker = start({"threads": True})
+@pytest.mark.parametrize("busy_poll", [False, True])
+def test_a_worker_on_a_gpu_serves_until_it_is_told_to_leave(busy_poll, start):
+    worker = start({"threads": True}, busy_poll=busy_poll)
     worker.x[...] = np.arange(48).reshape(12, 1, 4)
     assert worker.receive() == [m.Ready("Fake GPU", 3, 3)]
     for batch in range(8):
@@ -128,15 +141,17 @@ def test_a_worker_on_a_gpu_serves_until_it_is_told_to_leave(start):
     assert worker.wait() == 0
 
 
-def test_a_worker_on_a_gpu_ends_with_its_broker(start):
-    worker = start()
+@pytest.mark.parametrize("busy_poll", [False, True])
+def test_a_worker_on_a_gpu_ends_with_its_broker(busy_poll, start):
+    worker = start(busy_poll=busy_poll)
     assert worker.receive()
     worker.broker.shutdown(2)
     assert worker.wait() == 0
 
 
-def test_a_fault_of_the_device_ends_the_worker_with_its_reason(start):
-    worker = start({"threads": True}, faults=True)
+@pytest.mark.parametrize("busy_poll", [False, True])
+def test_a_fault_of_the_device_ends_the_worker_with_its_reason(busy_poll, start):
+    worker = start({"threads": True}, busy_poll=busy_poll, faults=True)
     assert worker.receive()
     worker.x[5] = FAULT
     worker.send(m.Run(1, 0, 0, [m.Rows(0, 5, 1, 1)]))
