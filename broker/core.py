@@ -48,6 +48,13 @@ SEND_AHEAD_NS: Final = 500_000
 average: while it waits for the broker it loses about 50 us, which a batch that grows meanwhile makes up for if it is
 short."""
 
+BRIEF_NS: Final = 250_000
+"""Batches of a model that runs more briefly than half of this go to a worker several at a time, as many as take so
+long: a message costs us, and the worker, as much as such a batch, and nobody waits longer for it than this."""
+
+MAX_TOGETHER: Final = 16
+"""Most batches that are sent at a time."""
+
 SURPLUS: Final = 4
 """`again` is granted while a quarter (1 / SURPLUS) of the slots stays free.
 
@@ -640,14 +647,15 @@ class Core:
         batch = self._take_back(worker, message)
         self.suspects -= batch.alone
         totals = batch.model.totals
-        totals.batches += 1
-        totals.runs += batch.runs
+        batches = message.batches
+        totals.batches += batches
+        totals.runs += batch.runs + batches - 1
         totals.gathered_items += message.gathered_items
         totals.copy_in_ns += message.copy_in_ns
         totals.compute_ns += message.compute_ns
         totals.copy_out_ns += message.copy_out_ns
         took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
-        batch.model.run_ns += (took_ns - batch.model.run_ns) // 8
+        batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
         for work in batch.works:
             lease = work.lease
             if lease.orphaned:
@@ -830,13 +838,27 @@ class Core:
         """Make batches while there is a worker to take one."""
         while (choice := self._choose_by_class() if self.urgent else self._choose()) is not None:
             worker, line, leads = choice
-            works = self._take(worker, line, leads=leads) if self.urgent else line.queue.take(line.model.max_batch)
+            works = self._take(worker, line, leads=leads) if self.urgent else line.queue.take(self._next_items(line))
             late = [work for work in works if work.deadline_ns and work.deadline_ns <= self.now_ns]
             for work in late:
                 self._expire(work)
                 works.remove(work)
             if works:
                 self._run(worker, line, works, attempt=0, alone=False)
+
+    def _next_items(self, line: Line) -> int:
+        """Most items to send now: a batch, or several brief ones, which are dealt out by guided self-scheduling.
+
+        Each worker gets half of its share of what is left, so that all end at about the same time (Polychronopoulos
+        and Kuck, IEEE Transactions on Computers, 1987); one that is alone gets all.
+        """
+        model, workers = line.model, len(self.serving)
+        max_batch = model.max_batch
+        share = line.queue.items // max_batch // (2 * workers if workers > 1 else 1)
+        if share < 2 or 2 * model.run_ns > BRIEF_NS:
+            return max_batch
+        together = min(share, BRIEF_NS // max(1, model.run_ns), MAX_TOGETHER)
+        return together * (max_batch - max_batch % model.items_per_slot)
 
     def _take(self, worker: Worker, line: Line, *, leads: bool) -> list[Work]:
         """The line's next batch, which begins with interactive work if that `leads`, and is filled with the other."""

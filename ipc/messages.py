@@ -201,7 +201,10 @@ class Rows(_Message, frozen=True):
 
 
 class Run(_Message, frozen=True, tag=11):
-    """A batch for a worker. `attempt` counts from 0 over all workers that got these rows."""
+    """A batch for a worker, or several, which it cuts itself.
+
+    `attempt` counts from 0 over all workers that got these rows.
+    """
 
     batch: U63
     attempt: U31
@@ -210,7 +213,7 @@ class Run(_Message, frozen=True, tag=11):
 
 
 class Finished(_Message, frozen=True, tag=12):
-    """All outputs of a batch are written."""
+    """All outputs of a Run are written.  Times are sums over the `batches` that it was cut into."""
 
     batch: U63
     attempt: U31
@@ -218,6 +221,7 @@ class Finished(_Message, frozen=True, tag=12):
     compute_ns: U63
     copy_out_ns: U63
     gathered_items: U63
+    batches: Count = 1
 
 
 class Failed(_Message, frozen=True, tag=13):

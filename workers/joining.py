@@ -125,11 +125,58 @@ class Inbox:
                 raise ProtocolError(f"batch {run.batch} names slots {rows.first}+{rows.count} of {slots}")
 
 
-def finished(run: m.Run, times: Times) -> m.Finished:
-    """What to tell the broker of a batch whose outputs are written."""
-    return m.Finished(
-        run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items
-    )
+class Job:
+    """What one Run asks for: a batch, or several.
+
+    Args:
+        run: as it came.
+        layout: that of its model.
+
+    Attributes:
+        batches: the rows of each, at most `max_batch` items.
+    """
+
+    __slots__ = ("_left", "_spent", "batches", "run")
+
+    def __init__(self, run: m.Run, layout: ModelLayout) -> None:
+        self.run = run
+        self.batches = cut(run.rows, layout.max_batch, layout.items_per_slot)
+        self._left = len(self.batches)
+        self._spent = Times(0, 0, 0)
+
+    def finish(self, times: Times) -> m.Finished | None:
+        """One of its batches took so long; what to tell the broker if it was the last."""
+        self._left -= 1
+        run, batches = self.run, len(self.batches)
+        if batches > 1:
+            times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
+            if self._left:
+                return None
+        return m.Finished(
+            run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items, batches
+        )
+
+
+def cut(rows: Sequence[m.Rows], max_batch: int, items_per_slot: int) -> list[Sequence[m.Rows]]:
+    """Rows in batches of at most `max_batch` items, in order; slots stay whole."""
+    if sum(run.items for run in rows) <= max_batch:
+        return [rows]
+    batches: list[Sequence[m.Rows]] = []
+    batch: list[m.Rows] = []
+    room = max_batch
+    for run in rows:
+        segment, first, count, items = run.segment, run.first, run.count, run.items
+        while items > room:
+            slots = room // items_per_slot
+            if slots:
+                batch.append(m.Rows(segment, first, slots, slots * items_per_slot))
+                first, count, items = first + slots, count - slots, items - slots * items_per_slot
+            batches.append(batch)
+            batch, room = [], max_batch
+        batch.append(m.Rows(segment, first, count, items))
+        room -= items
+    batches.append(batch)
+    return batches
 
 
 def join(config: WorkerConfig) -> Joined:

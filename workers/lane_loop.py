@@ -37,7 +37,7 @@ import os
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NoReturn, TypeAlias
 
 from trtpool.ipc import messages as m
@@ -45,7 +45,7 @@ from trtpool.ipc.errors import EngineFailed, ProtocolError
 from trtpool.ipc.settings import WorkerConfig
 
 from .engine import EngineError, LaneEngine
-from .joining import MAX_TEXT, Inbox, Joined, finished
+from .joining import MAX_TEXT, Inbox, Job, Joined
 
 log = logging.getLogger("trtpool.worker")
 
@@ -55,7 +55,10 @@ SWITCH_S: Final = 0.0005
 SHORT_NS: Final = 50_000
 """While a batch that takes no longer than this runs, nobody listens: to wake a thread for it costs as much."""
 
-_Flight: TypeAlias = tuple[m.Run, LaneEngine, int]
+_Batch: TypeAlias = tuple[Job, Sequence[m.Rows]]
+"""One of a job's."""
+
+_Flight: TypeAlias = tuple[Job, LaneEngine, int]
 """A batch on a lane."""
 
 
@@ -84,7 +87,7 @@ class LaneLoop:
         self._end = end
         self._spins = config.busy_poll
         self._free = list(range(min(engine.lanes for engine in engines)))
-        self._waiting: deque[m.Run] = deque()
+        self._waiting: deque[_Batch] = deque()
         self._flights: list[_Flight] = []  # in order of launch
         self._watched: _Flight | None = None  # the one that a thread blocks on
         self._ended: list[m.ToBroker] = []  # what the broker is still to be told
@@ -148,7 +151,7 @@ class LaneLoop:
                 self._waiting += self._hear(self._inbox.poll)
             if not self._waiting:
                 break
-            self._launch(self._waiting.popleft())
+            self._launch(*self._waiting.popleft())
         if not self._ended:
             return False
         self._tell(self._ended)
@@ -157,32 +160,35 @@ class LaneLoop:
     def _collect(self) -> None:
         """Take what has ended off its lane."""
         for flight in self._flights[:]:
-            run, engine, lane = flight
+            job, engine, lane = flight
             times = engine.poll(lane)
             if times is not None:
                 self._flights.remove(flight)
-                self._ended.append(finished(run, times))
-                self._took_ns[run.model] = times.copy_in_ns + times.compute_ns + times.copy_out_ns
+                finished = job.finish(times)
+                if finished is not None:
+                    self._ended.append(finished)
+                self._took_ns[job.run.model] = times.copy_in_ns + times.compute_ns + times.copy_out_ns
                 if flight is not self._watched:  # else who blocks on it is about to give its lane back
                     self._free.append(lane)
 
-    def _hear(self, receive: Callable[[], list[m.Run]]) -> list[m.Run]:
-        """What the broker sent; needs no lock."""
+    def _hear(self, receive: Callable[[], list[m.Run]]) -> list[_Batch]:
+        """The batches that the broker sent; needs no lock."""
         try:
-            return receive()
+            jobs = [Job(run, self._joined.models[run.model]) for run in receive()]
+            return [(job, rows) for job in jobs for rows in job.batches]
         except ProtocolError as error:  # raised when what runs is finished
             self._error = error
             return []
 
-    def _launch(self, run: m.Run) -> None:
+    def _launch(self, job: Job, rows: Sequence[m.Rows]) -> None:
         lane = self._free.pop()
-        engine = self._engines[run.model]
+        engine = self._engines[job.run.model]
         try:
-            engine.launch(lane, run.rows)
+            engine.launch(lane, rows)
         except EngineError as error:
             # This batch is to blame, as far as can be told.
-            self._fail(f"batch {run.batch} could not be launched: {error}", run)
-        self._flights.append((run, engine, lane))
+            self._fail(f"batch {job.run.batch} could not be launched: {error}", job.run)
+        self._flights.append((job, engine, lane))
 
     def _tell(self, messages: list[m.ToBroker]) -> None:
         with contextlib.suppress(ConnectionError):  # the broker ended, as whoever listens sees too
@@ -200,8 +206,8 @@ class LaneLoop:
         over = self._inbox.over
         if self._flights and self._watched is None:
             flight = self._watched = self._flights[0]
-            run, engine, lane = flight
-            calls = self._free and not self._listens and not over and self._took_ns[run.model] > SHORT_NS
+            job, engine, lane = flight
+            calls = self._free and not self._listens and not over and self._took_ns[job.run.model] > SHORT_NS
             self._lock.release()
             if calls:  # with the lock free, so that the other need not wait for it
                 self._call()

@@ -10,7 +10,7 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError
-from .joining import MAX_TEXT, Inbox, Joined, finished
+from .joining import MAX_TEXT, Inbox, Job, Joined
 
 log = logging.getLogger("trtpool.worker")
 
@@ -48,9 +48,13 @@ class WorkerLoop:
         self._joined.leave()
 
     def _run(self, run: m.Run) -> m.Finished | m.Failed:
+        job = Job(run, self._joined.models[run.model])
+        answer = None
         try:
-            times = self._engines[run.model].run(run.rows)
+            for rows in job.batches:
+                answer = job.finish(self._engines[run.model].run(rows))
         except EngineError as error:
             log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error)
             return m.Failed(run.batch, run.attempt, str(error)[:MAX_TEXT])
-        return finished(run, times)
+        assert answer is not None
+        return answer

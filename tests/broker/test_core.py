@@ -11,10 +11,12 @@ import pytest
 from tests.broker.core_rig import MS, Rig, everything, sent
 from trtpool.broker import core as core_module
 from trtpool.broker import events as e
-from trtpool.broker.core import PRUNE_TIMERS, SURPLUS
+from trtpool.broker.core import BRIEF_NS, MAX_TOGETHER, PRUNE_TIMERS, SURPLUS
 from trtpool.ipc import messages as m
 from trtpool.ipc.report import PoolReport
-from trtpool.ipc.settings import MAX_ATTEMPTS
+from trtpool.ipc.settings import INTERACTIVE, MAX_ATTEMPTS
+
+ZEROS = (0, 0, 0, 0)
 
 HUGE = 2**31 - 1
 FREE, LEASED, QUEUED, RUNNING, DONE = range(5)
@@ -698,6 +700,85 @@ def poisoned(poison: set[int], slots: int, *, deadly: bool, workers: int, items_
     rig.say(1, m.Release(lease, 0, slots))
     assert rig.states() == (32, 0, 0, 0, 0)
     return rig
+
+
+def brief(*sizes: tuple[int, int, int], workers: int = 1) -> Rig:
+    """A pool whose model runs in 10 us."""
+    rig = Rig(*sizes)
+    rig.join(1, 2)
+    for worker in range(10, 10 + workers):
+        rig.worker(worker)
+    while rig.core.models[0].run_ns > 10_100:
+        rig.submit(1)
+        (run,) = sent(rig.turn(), m.Run)
+        rig.say(10, m.Finished(run.batch, 0, 1_000, 8_000, 1_000, 0))
+        for producer in rig.core.producers.values():
+            for lease in list(producer.leases.values()):
+                rig.say(producer.peer, m.Release(lease.id, 0, 1))
+    return rig
+
+
+def test_brief_batches_go_to_a_worker_together():
+    rig = brief((64, 2, 8))
+    before = rig.figures()
+    rig.submit(1, 16)
+    (run,) = sent(rig.turn(), m.Run, 10)
+    assert [(rows.count, rows.items) for rows in run.rows] == [(16, 32)]
+    actions = rig.say(10, m.Finished(run.batch, 0, 4_000, 32_000, 4_000, 0, 4))
+    (done,) = sent(actions, m.Done, 1)
+    assert (done.count, done.status) == (16, m.OK)
+    after = rig.figures()
+    assert (after.batches - before.batches, after.runs - before.runs) == (4, 4)
+    assert rig.core.models[0].run_ns < 10_100  # of a batch, not of all of them
+
+
+@pytest.mark.parametrize(
+    ("run_ns", "together"), [(0, MAX_TOGETHER), (10_000, MAX_TOGETHER), (BRIEF_NS // 3, 3), (BRIEF_NS // 2 + 1, 1)]
+)
+def test_as_many_batches_go_together_as_take_no_longer_than_a_message_is_worth(run_ns, together):
+    rig = brief((2048, 1, 4))
+    rig.core.models[0].run_ns = run_ns
+    rig.submit(1, 1024)
+    run, *_ = sent(rig.turn(), m.Run, 10)
+    assert sum(rows.items for rows in run.rows) == together * 4
+
+
+def test_brief_batches_are_shared_among_the_workers():
+    rig = brief((512, 1, 4), workers=2)
+    rig.submit(1, 128)
+    actions = rig.turn()
+    one, other = ([sum(rows.items for rows in run.rows) for run in sent(actions, m.Run, peer)] for peer in (10, 11))
+    assert one == [32, 16]
+    assert other == [24, 12]
+
+
+def test_interactive_work_waits_for_one_batch_and_not_for_several():
+    rig = brief((64, 1, 4))
+    bulk, urgent = rig.lease(1, 16), rig.lease(2)
+    rig.say(1, m.Submit(bulk, 0, 16, 0, 16))
+    rig.say(2, m.Submit(urgent, 0, 1, 0, 1, priority=INTERACTIVE))
+    run, *_ = sent(rig.turn(), m.Run, 10)
+    assert sum(rows.items for rows in run.rows) == 4
+
+
+def test_of_several_brief_batches_a_poison_item_fails_alone():
+    rig = brief((64, 1, 4))
+    poison = 21
+    failed: list[int] = []
+    done: list[int] = []
+    lease = rig.core.producers[1].leases[rig.submit(1, 32)]
+    actions = rig.turn()
+    while runs := sent(actions, m.Run, 10):
+        (run,) = runs
+        slots = {rows.first - lease.first + at for rows in run.rows for at in range(rows.count)}
+        ended = (
+            m.Failed(run.batch, run.attempt, "no") if poison in slots else m.Finished(run.batch, run.attempt, *ZEROS)
+        )
+        actions = rig.say(10, ended) + rig.turn()
+        for one in sent(actions, m.Done, 1):
+            (failed if one.status else done).extend(range(one.first, one.first + one.count))
+    assert failed == [poison]
+    assert sorted(done) == [at for at in range(32) if at != poison]
 
 
 @pytest.mark.parametrize("deadly", [True, False])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from itertools import pairwise
 
+import hypothesis.strategies as st
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
 
 from tests.conftest import memory_held
 from trtpool.ipc import messages as m
@@ -18,7 +21,8 @@ from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.lifeline import Description, send_packet
 from trtpool.ipc.settings import PROTOCOL_VERSION, WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.joining import Inbox, join
+from trtpool.workers.engine import Times
+from trtpool.workers.joining import Inbox, Job, cut, join
 
 X, Y = TensorSpec("x", "float32", (3,)), TensorSpec("y", "int16", ())
 SPEC = ModelSpec("a", "/a.onnx", (X,), (Y,))
@@ -183,3 +187,52 @@ def test_an_arena_of_another_size_is_refused(ends):
     with pytest.raises(ProtocolError, match="4096 bytes, expected"):
         join(WorkerConfig(os.getpid(), fd, (), 1))
     assert memory_held()["memfd"] == memfds
+
+
+RUNS = st.lists(
+    st.tuples(st.integers(1, 40), st.integers(0, 3)), min_size=1, max_size=8
+)  # slots of each run, and how many items its last slot lacks
+
+
+@given(runs=RUNS, items_per_slot=st.integers(1, 5), batch_slots=st.integers(1, 12), more=st.integers(0, 4))
+def test_a_run_is_cut_into_batches_that_are_no_larger_than_they_may_be(runs, items_per_slot, batch_slots, more):
+    max_batch = batch_slots * items_per_slot + more % items_per_slot
+    rows, first = [], 0
+    for count, lacking in runs:
+        rows.append(m.Rows(3, first, count, count * items_per_slot - lacking % items_per_slot))
+        first += count + 1
+    batches = cut(rows, max_batch, items_per_slot)
+    slots = []
+    for batch in batches:
+        assert 0 < sum(part.items for part in batch) <= max_batch
+        for part in batch:
+            assert part.segment == 3
+            assert (part.count - 1) * items_per_slot < part.items <= part.count * items_per_slot
+            left = part.items
+            for slot in range(part.first, part.first + part.count):
+                slots.append((slot, min(left, items_per_slot)))
+                left -= items_per_slot
+    expected = []
+    for run in rows:
+        full = [(slot, items_per_slot) for slot in range(run.first, run.first + run.count - 1)]
+        expected += [*full, (run.first + run.count - 1, run.items - len(full) * items_per_slot)]
+    assert slots == expected
+    for before, after in pairwise(batches):  # nothing that had room was left for the next
+        held = sum(part.items for part in before)
+        assert held + min(after[0].items, items_per_slot) > max_batch
+
+
+def test_a_batch_that_fits_is_not_touched():
+    rows = [m.Rows(0, 6, 2, 3), m.Rows(0, 0, 1, 1)]
+    (batch,) = cut(rows, 4, 2)
+    assert batch is rows
+
+
+def test_a_job_is_finished_with_its_last_batch():
+    job = Job(m.Run(9, 2, 0, [m.Rows(0, 0, 7, 13)]), LAYOUT.models[0])
+    assert [[(part.first, part.count, part.items) for part in batch] for batch in job.batches] == [
+        [(0, 3, 6)], [(3, 3, 6)], [(6, 1, 1)]
+    ]  # fmt: skip
+    assert job.finish(Times(1, 20, 300, 4)) is None
+    assert job.finish(Times(2, 30, 400, 5)) is None
+    assert job.finish(Times(3, 40, 500, 6)) == m.Finished(9, 2, 6, 90, 1200, 15, 3)

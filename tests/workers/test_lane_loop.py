@@ -394,6 +394,35 @@ def test_by_itself_each_batch_is_told_in_a_frame_of_its_own(make):
         assert rig.receive() == [finished(number % SLOTS)]
 
 
+def test_several_batches_in_one_run_share_the_lanes_and_are_told_of_together(make):
+    rig = make(2)
+    engine = rig.engines[0]
+    rig.send(m.Run(7, 1, 0, [m.Rows(0, 1, 9, 9), m.Rows(0, 12, 2, 2)]), m.Run(8, 0, 0, [m.Rows(0, 15, 1, 1)]))
+    assert {first for _, first in engine.wait_launched(2)} == {1, 5}
+    for launched in range(3):
+        lane, _ = engine.wait_launched(min(3, launched + 2))[launched]
+        engine.finish(lane)
+    assert engine.launched[2][1] == 9
+    assert rig.hear(1) == [m.Finished(7, 1, 3 * SHORT_NS, 66, 99, 0, 3)]
+    assert engine.wait_launched(4)[3][1] == 15
+    engine.finish(engine.launched[3][0])
+    assert rig.hear(1) == [finished(8)]
+    written = [*range(1, 10), 12, 13, 15]
+    assert np.flatnonzero(rig.planes[0][1]["y"][:, 0, 0]).tolist() == written
+
+
+def test_one_of_several_batches_that_cannot_be_launched_fails_their_run(make):
+    rig = make(1)
+    engine = rig.engines[0]
+    rig.send(m.Run(7, 1, 0, [m.Rows(0, 1, 8, 8)]))
+    engine.wait_launched(1)
+    engine.refuse = EngineError("no such kernel")
+    engine.finish(0)
+    text = "batch 7 could not be launched: no such kernel"
+    assert rig.hear(2) == [m.Failed(7, 1, text), m.Bye(text)]
+    assert rig.end.wait() == EngineFailed.exit_code
+
+
 def test_a_batch_beyond_the_lanes_waits_for_the_first_that_comes_free(make):
     rig = make(2)
     engine = rig.engines[0]

@@ -18,6 +18,7 @@ from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import EngineSettings, InspectRequest, ModelSource, WorkerConfig
+from trtpool.workers.engine import EngineError
 from trtpool.workers.joining import MAX_TEXT, Joined
 from trtpool.workers.loop import WorkerLoop
 
@@ -33,7 +34,7 @@ class Rig:
     def __init__(self, *, busy_poll: bool) -> None:
         self.broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.broker.settimeout(NET_S)
-        engine = negate()
+        engine = self.engine = negate()
         layout = plan([ModelPlan(engine.spec, SLOTS, 1, 4)])
         fd = create_segment(layout.segment_bytes)
         joined = Joined(Pipe(theirs), map_segment(fd, layout.segment_bytes), fd, layout.models)
@@ -91,11 +92,26 @@ def test_each_batch_is_told_when_its_outputs_are_written(rig):
     assert [said.batch for said in rig.receive()] == [3]
 
 
-def test_a_batch_that_fails_is_told_and_the_worker_goes_on(rig):
+def test_several_batches_in_one_run_are_told_of_together(rig):
+    rig.send(run(1, *range(7)))
+    (said,) = rig.receive()
+    assert (said.batch, said.attempt, said.batches) == (1, 1, 2)
+    assert rig.y[:, 0, 0].tolist() == [-1, -2, -3, -4, -5, -6, -7, 0]
+
+
+def test_a_batch_that_fails_is_told_and_the_worker_goes_on(rig, monkeypatch):
+    run_well = rig.engine.run
+
+    def refuse(batch):
+        if any(rows.first == 3 for rows in batch):
+            raise EngineError("no " * MAX_TEXT)
+        return run_well(batch)
+
+    monkeypatch.setattr(rig.engine, "run", refuse)
     rig.send(run(1, *range(5)), run(2, 2))
     (failed,), (said,) = rig.receive(), rig.receive()
     assert isinstance(failed, m.Failed)
-    assert (failed.batch, failed.attempt, failed.text) == (1, 1, "larger than max_batch")
+    assert (failed.batch, failed.attempt, failed.text[:6]) == (1, 1, "no no ")
     assert len(failed.text) <= MAX_TEXT
     assert said.batch == 2
 
