@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -137,10 +138,14 @@ def job(tmp_path: Path) -> Job:
     return Job(KINDS["small"], tmp_path / "none.onnx", "numpy", tmp_path)
 
 
-def survivors() -> list[str]:
-    """What is below this process and was started by these tests."""
-    return [
-        one.name for one in processes.below(os.getpid()) if not one.ended and "resource_tra" not in command(one.pid)
+@pytest.fixture
+def survivors() -> Callable[[], list[str]]:
+    """What is below this process and was not when the test began, such as a pool that other tests share."""
+    before = {one.pid for one in processes.below(os.getpid())}
+    return lambda: [
+        one.name
+        for one in processes.below(os.getpid())
+        if not one.ended and one.pid not in before and "resource_tra" not in command(one.pid)
     ]
 
 
@@ -152,7 +157,7 @@ def command(pid: int) -> str:
 
 
 @pytest.mark.parametrize("name", NUMPY_ONLY)
-def test_a_contestant_starts_works_and_stops(name: str, job: Job):
+def test_a_contestant_starts_works_and_stops(name: str, job: Job, survivors):
     with host.guest(CONTESTANTS[name](), job) as up:
         measured = up.run(2, 0.5)
     assert measured.items > 0
@@ -198,7 +203,7 @@ class Wrong(local.Ring):
     [("exit", "ended with 3 when it was to start"), ("hang", "did not start within"), ("raise", "no such port"),
      ("leave", r"left processes behind: sleep \(")],
 )  # fmt: skip
-def test_what_goes_wrong_is_said_and_leaves_nothing_behind(how: str, said: str, job: Job, monkeypatch):
+def test_what_goes_wrong_is_said_and_leaves_nothing_behind(how: str, said: str, job: Job, monkeypatch, survivors):
     if how == "hang":  # the others must be heard out, however slow the machine
         monkeypatch.setattr(host, "START_S", 3.0)
     monkeypatch.setattr(host, "LINGER_S", 1.0)

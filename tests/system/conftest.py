@@ -41,9 +41,11 @@ def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPoo
 
 @pytest.fixture
 def pool(shared_pool: StartedPool) -> Iterator[StartedPool]:
-    """The shared pool; a test must leave all of its slots free."""
+    """The shared pool; a test must leave all of its slots free, and its processes alive."""
+    processes = shared_pool.broker, shared_pool.worker
     yield shared_pool
     shared_pool.check_at_rest()
+    assert (shared_pool.broker, shared_pool.worker) == processes, "another had to take over"
 
 
 @pytest.fixture
