@@ -76,7 +76,11 @@ class Worker:
 
 
 class Broker:
-    """A loop in a thread, and the supervisor's end of its control socket."""
+    """A loop in a thread, and the supervisor's end of its control socket.
+
+    Args:
+        starts: whether it serves at once; else the test makes its turns, and it serves at the end.
+    """
 
     def __init__(
         self,
@@ -85,6 +89,8 @@ class Broker:
         gpus: int = 0,
         batch_timeout_s: float = 0.0,
         owner_pid: int = 0,
+        *,
+        starts: bool = True,
     ) -> None:
         self.run_dir = RunDir.claim(run_dir)
         self._arena_fd = create_segment(SEGMENT_BYTES)
@@ -108,8 +114,12 @@ class Broker:
         )
         self.loop = Loop(configure(msgspec.json.encode(config)))
         self.thread = threading.Thread(target=self._run)
-        self.thread.start()
         self.peers: list[Raw | Worker] = []
+        if starts:
+            self.start()
+
+    def start(self) -> None:
+        self.thread.start()
         assert self.hear() == c.BrokerReady()
 
     def _run(self) -> None:
@@ -135,6 +145,8 @@ class Broker:
         return worker
 
     def close(self) -> None:
+        if self.thread.ident is None:
+            self.start()
         for peer in self.peers:
             peer.close()
             if isinstance(peer, Worker) and self.thread.is_alive():  # what it was sent would keep the broker
@@ -215,6 +227,28 @@ def test_work_that_arrives_together_is_one_batch(broker):
     assert [(rows.first, rows.count) for rows in run.rows] == [(0, 4)]
     worker.finish(run)
     assert len(client.receive()) == 4
+
+
+def test_a_turn_reads_all_that_has_come_and_sends_each_peer_one_frame(tmp_path):
+    broker = Broker(tmp_path / "run", starts=False)
+    try:
+        clients = []
+        for _ in range(2):
+            sock = lifeline.connect(broker.run_dir.path)
+            broker.loop.turn()
+            clients.append(client := Raw(sock, greet=False))
+            broker.peers.append(client)
+            client.send(client.hello)
+            broker.loop.turn()
+            assert isinstance(client.receive()[0], m.Welcome)
+        for number in range(3):
+            for client in clients:
+                client.send(m.Status(number))
+        broker.loop.turn()
+        for client in clients:
+            assert [answer.request for answer in client.receive() if isinstance(answer, m.Report)] == [0, 1, 2]
+    finally:
+        broker.close()
 
 
 # --- Users ---------------------------------------------------------------------------------------
