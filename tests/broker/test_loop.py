@@ -18,6 +18,7 @@ import pytest
 from tests.broker.core_rig import layouts
 from tests.system.raw import Raw
 from tests.system.rig import PATIENCE_S
+from trtpool.broker import admission, outboxes
 from trtpool.broker import control as c
 from trtpool.broker import events as e
 from trtpool.broker import loop as loop_module
@@ -75,7 +76,11 @@ class Worker:
 
 
 class Broker:
-    """A loop in a thread, and the supervisor's end of its control socket."""
+    """A loop in a thread, and the supervisor's end of its control socket.
+
+    Args:
+        starts: whether it serves at once; else the test makes its turns, and it serves at the end.
+    """
 
     def __init__(
         self,
@@ -84,6 +89,8 @@ class Broker:
         gpus: int = 0,
         batch_timeout_s: float = 0.0,
         owner_pid: int = 0,
+        *,
+        starts: bool = True,
     ) -> None:
         self.run_dir = RunDir.claim(run_dir)
         self._arena_fd = create_segment(SEGMENT_BYTES)
@@ -107,8 +114,12 @@ class Broker:
         )
         self.loop = Loop(configure(msgspec.json.encode(config)))
         self.thread = threading.Thread(target=self._run)
-        self.thread.start()
         self.peers: list[Raw | Worker] = []
+        if starts:
+            self.start()
+
+    def start(self) -> None:
+        self.thread.start()
         assert self.hear() == c.BrokerReady()
 
     def _run(self) -> None:
@@ -134,6 +145,8 @@ class Broker:
         return worker
 
     def close(self) -> None:
+        if self.thread.ident is None:
+            self.start()
         for peer in self.peers:
             peer.close()
             if isinstance(peer, Worker) and self.thread.is_alive():  # what it was sent would keep the broker
@@ -144,7 +157,7 @@ class Broker:
         self.control.close()  # its end too, if it did not drain
         self.thread.join(PATIENCE_S)
         alive = self.thread.is_alive()
-        for sock in (self.loop._listener, self.loop._control):
+        for sock in (self.loop._admission.listener, self.loop._control.sock):
             sock.close()
         os.close(self._arena_fd)
         self.run_dir.release()
@@ -216,24 +229,46 @@ def test_work_that_arrives_together_is_one_batch(broker):
     assert len(client.receive()) == 4
 
 
+def test_a_turn_reads_all_that_has_come_and_sends_each_peer_one_frame(tmp_path):
+    broker = Broker(tmp_path / "run", starts=False)
+    try:
+        clients = []
+        for _ in range(2):
+            sock = lifeline.connect(broker.run_dir.path)
+            broker.loop.turn()
+            clients.append(client := Raw(sock, greet=False))
+            broker.peers.append(client)
+            client.send(client.hello)
+            broker.loop.turn()
+            assert isinstance(client.receive()[0], m.Welcome)
+        for number in range(3):
+            for client in clients:
+                client.send(m.Status(number))
+        broker.loop.turn()
+        for client in clients:
+            assert [answer.request for answer in client.receive() if isinstance(answer, m.Report)] == [0, 1, 2]
+    finally:
+        broker.close()
+
+
 # --- Users ---------------------------------------------------------------------------------------
 
 
 def test_root_too_must_be_allowed(broker, monkeypatch):
     """It could become any user; but root of a container may have no right except its number."""
-    broker.loop._allowed = {os.getuid() + 1}
+    broker.loop._admission._allowed = {os.getuid() + 1}
     with contextlib.closing(lifeline.connect(broker.run_dir.path)) as sock:
         with pytest.raises(AccessDenied, match=rf"user {os.getuid()} may not attach .* --allow-user {os.getuid()}"):
             lifeline.receive_description(sock)
         assert sock.recv(1) == b""
-    broker.loop._allowed = {os.getuid()}
+    broker.loop._admission._allowed = {os.getuid()}
     assert broker.client().alive()
 
 
 def test_so_many_users_are_logged(broker, monkeypatch, caplog):
-    monkeypatch.setattr(loop_module, "MAX_DENIED_LOGGED", 2)
+    monkeypatch.setattr(admission, "MAX_DENIED_LOGGED", 2)
     for uid in (7, 8, 7, 9, 10):
-        monkeypatch.setattr(loop_module, "peer_credentials", lambda _, uid=uid: Credentials(1, uid, 1))
+        monkeypatch.setattr(admission, "peer_credentials", lambda _, uid=uid: Credentials(1, uid, 1))
         with contextlib.closing(lifeline.connect(broker.run_dir.path)) as sock, pytest.raises(AccessDenied):
             lifeline.receive_description(sock)
     assert [record.getMessage()[:18] for record in caplog.records] == ["user 7 was refused", "user 8 was refused"]
@@ -426,7 +461,7 @@ def test_without_its_supervisor_the_loop_ends(tmp_path):
 
 
 def test_who_does_not_read_is_cut_off_and_others_are_served(transport, broker, monkeypatch, caplog):
-    monkeypatch.setattr(loop_module, "MAX_OUTBOX_FRAMES", 20)
+    monkeypatch.setattr(outboxes, "MAX_OUTBOX_FRAMES", 20)
     slow, other = broker.client(transport), broker.client()
     status = [m.Status(1)] * 16
     for _ in range(100_000):
@@ -469,13 +504,13 @@ def test_who_reads_late_gets_everything(transport, broker):
     """What the transport has no room for waits, and goes out as soon as there is some."""
     slow, other = broker.client(transport), broker.client()
     asked: list[int] = []
-    while (
-        not (broker.loop._slow or broker.loop._stalled) and len(asked) < 20_000
-    ):  # how much there is room for depends on how frames fall together
+    peers = broker.loop._peers
+    # How much there is room for depends on how frames fall together.
+    while not (peers.slow or peers.stalled) and len(asked) < 20_000:
         asked.append(len(asked))
         slow.send(m.Status(asked[-1]))
         assert other.alive()
-    assert broker.loop._slow or broker.loop._stalled  # it has no room
+    assert peers.slow or peers.stalled  # it has no room
     got: list[int] = []
     while len(got) < len(asked):
         got += [answer.request for answer in slow.receive() if isinstance(answer, m.Report)]
@@ -513,11 +548,11 @@ def test_who_is_evicted_is_killed_and_what_comes_of_it_is_logged(error, said, tm
     broker = Broker(tmp_path / "run")
     try:
         broker.client().ask(m.Status(1))
-        (number,) = broker.loop._peers
-        broker.loop._evict(e.Evict(number, "it is idle"))
+        (number,) = broker.loop._peers.of
+        broker.loop._turn_end._evict(e.Evict(number, "it is idle"))
         assert kills.signals == [signal.SIGKILL]
         assert f"process {os.getpid()} {said}" in caplog.text
-        broker.loop._evict(e.Evict(number + 1, "it left before"))
+        broker.loop._turn_end._evict(e.Evict(number + 1, "it left before"))
         assert len(kills.signals) == 1
     finally:
         broker.close()
@@ -528,8 +563,8 @@ def test_the_process_that_the_pool_is_part_of_is_not_killed_whatever_was_decided
     broker = Broker(tmp_path / "run", owner_pid=os.getpid())
     try:
         broker.client().ask(m.Status(1))
-        (number,) = broker.loop._peers
-        broker.loop._evict(e.Evict(number, "it is idle"))
+        (number,) = broker.loop._peers.of
+        broker.loop._turn_end._evict(e.Evict(number, "it is idle"))
         assert kills.signals == []
     finally:
         broker.close()

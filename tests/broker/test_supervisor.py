@@ -72,7 +72,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[GpuInfo]]:
 def test_onnx_files_are_built_for_gpus_alone(asked, gpus, builds, served, built):
     said: list[str] = []
     one = Supervisor(asked, lambda _: None, said.append)
-    with one._stack, one._wake_r, one._wake_w:
+    with one._signals.caught(), one._stack:
         assert one._look_at_gpus() == gpus
         assert [request.source.path for request in one._requests] == served
     assert built == builds

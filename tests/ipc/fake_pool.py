@@ -222,16 +222,15 @@ class FakePool:
             self._broke.append(error)
             self._end_abruptly()
         finally:
-            loop._listener.close()
-            loop._control.close()
+            loop._admission.listener.close()
+            loop._control.sock.close()
 
     def _end_abruptly(self) -> None:
         """What the kernel does for a process."""
         loop = self._loop
-        loop._router.close(linger=0)
-        loop._context.term()
-        for peer in list(loop._peers.values()):
-            loop._forget(peer)
+        loop._router.close(linger_ms=0)
+        for peer in list(loop._peers.of.values()):
+            loop._peers.forget(peer)
         loop._epoll.close()
 
     def _start_worker(self, gpu: int | None) -> None:

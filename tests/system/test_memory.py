@@ -28,7 +28,7 @@ from tests.system.rig import (
     wait_until,
 )
 from trtpool.broker.journal import LOG_BYTES
-from trtpool.broker.loop import MAX_UNSENT_BYTES
+from trtpool.broker.outboxes import MAX_UNSENT_BYTES
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ArenaTooLarge
