@@ -263,8 +263,8 @@ def test_an_item_costs_the_same_beside_no_and_beside_256_idle_clients(leases):
 )
 def test_an_item_of_a_pool_that_is_full_costs_the_same_beside_256_idle_clients():
     """The busy ones want 32 slots and there are 24, so requests wait; the idle ones hold a slot each."""
-    full = {"window": 8, "advance": False}
-    compare(cost(24, **full), cost(24 + 256, **full, idle=256, leases=1))
+    busy = cost(24, window=8, advance=False)
+    compare(busy, cost(24 + 256, window=8, advance=False, idle=256, leases=1))
 
 
 @pytest.mark.xfail(
