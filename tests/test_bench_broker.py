@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from scripts.benchlib import broker_cost
 from scripts.benchlib.broker_cli import CASES, main, short
 from scripts.benchlib.broker_cost import Timer, drive, measure
-from scripts.benchlib.broker_rig import Case, Rig, turn
+from scripts.benchlib.broker_rig import Case, Rig, core_of, turn
 
 from trtpool.broker.invariants import validate
 
@@ -53,8 +53,9 @@ def test_slots_of_many_items_are_counted_in_items():
 def test_each_standard_case_goes_on_and_ends_well(case):
     with Rig(case) as rig:
         drive(rig, turn, 4 * case.producers * case.window * case.run * case.items_per_slot)
-        validate(rig.loop._core)
-        assert rig.loop._core.violations == 0
+        core = core_of(rig.loop)
+        validate(core)
+        assert core.violations == 0
         assert rig.traffic.batches >= 4
 
 

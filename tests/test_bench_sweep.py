@@ -16,10 +16,11 @@ from click.testing import CliRunner
 from rich.console import Console
 from scripts.benchlib import sweep_cli, sweep_plot
 from scripts.benchlib.cli import main
+from scripts.benchlib.crew import Turn
 from scripts.benchlib.gpu_cases import CASES
 from scripts.benchlib.sweep import ARENA_BYTES, BASE, GROUPS, LARGE_BYTES, PLANS, Group, Point, groups
 from scripts.benchlib.sweep_cli import Row, as_dict, base_of, grid
-from scripts.benchlib.sweep_run import Measured, Sweep, quantiles_us, rate
+from scripts.benchlib.sweep_run import LEAD_S, Measured, Sweep, common, quantiles_us, rate
 
 import trtpool
 from trtpool.broker.pool import make_settings
@@ -133,6 +134,11 @@ def test_a_rate_lies_between_the_first_end_and_the_last_in_a_window():
     assert rate([REPORT, array("q", [2_500, 1, 16])], 1_500, 3_500) == pytest.approx(20 / 1_000e-9)
     with pytest.raises(ValueError, match="1 runs ended within the window; make it longer with --window-s"):
         rate([REPORT], 2_500, 3_500)
+
+
+def test_a_window_is_what_all_producers_have_in_common():
+    turns = [Turn(10.0, 12.0, None), Turn(10.25, 12.0, None)]
+    assert common(turns, 1.0) == (int(1e9 * (10.25 + LEAD_S)), int(11e9))
 
 
 def test_latencies_are_those_in_the_window():

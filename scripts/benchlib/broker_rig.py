@@ -1,8 +1,8 @@
 """The broker's real loop in this process, driven turn by turn by fake clients, a fake worker and a fake supervisor.
 
 All talk over real sockets, so the broker makes the system calls that it always makes; but nobody else runs while it
-does, and nothing else is counted.  What this file needs of the loop's inside is in `turn`, `is_ready` and
-`close_sockets`.
+does, and nothing else is counted.  What this file needs of the loop's inside is in `turn`, `is_ready`, `core_of`
+and `close_sockets`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 
 from trtpool.broker import control as c
+from trtpool.broker.core import Core
 from trtpool.broker.journal import create_table, journal_bytes
 from trtpool.broker.loop import Loop, configure
 from trtpool.ipc import lifeline
@@ -53,6 +54,11 @@ def turn(loop: Loop) -> None:
         loop._look_at(fd)  # noqa: SLF001
     loop._read_messages()  # noqa: SLF001
     loop._end_turn()  # noqa: SLF001
+
+
+def core_of(loop: Loop) -> Core:
+    """What decides in a loop."""
+    return loop._core  # noqa: SLF001
 
 
 def close_sockets(loop: Loop) -> None:

@@ -28,6 +28,9 @@ from .workload import Workload
 LEAD_S: Final = 0.15
 """Work goes on before a window begins, so that filling the pipeline is not measured."""
 
+SPREAD_S: Final = 0.02
+"""And for each producer so much longer, since many of them do not start at once on few cores."""
+
 SETTLE: Final = 20
 """The first exchanges of one item at a time, a quarter at most, are not counted: processes wake from the load."""
 
@@ -266,16 +269,18 @@ class Sweep:
             for number in range(point.producers)
         ]
         with contextlib.closing(Crew(connects)) as crew:
-            return _measure(pool, crew, mode, budget)
+            return _measure(pool, crew, mode, budget, SPREAD_S * point.producers)
 
 
-def _measure(pool: trtpool.Pool, crew: Crew, mode: Synchronized[int], budget: Budget) -> Measured:
+def _measure(pool: trtpool.Pool, crew: Crew, mode: Synchronized[int], budget: Budget, spread_s: float) -> Measured:
     cpu = CpuTimes(below())
     before_s, before = cpu.read(), _model(pool)
     rates, latencies, items = [], [], 0
     for _ in range(budget.rounds):
-        turns = crew.run(LEAD_S + budget.window_s)
-        reports, began_ns, ended_ns = _window(turns, budget.window_s)
+        length_s = LEAD_S + spread_s + budget.window_s
+        turns = crew.run(length_s)
+        reports = [turn.report for turn in turns]
+        began_ns, ended_ns = common(turns, length_s)
         rates.append(rate(reports, began_ns, ended_ns))
         latencies.append(quantiles_us(reports, began_ns, ended_ns))
         items += sum(sum(report[2::3]) for report in reports)
@@ -299,8 +304,8 @@ def _model(pool: trtpool.Pool) -> ModelReport:
     return pool.status().models[0]
 
 
-def _window(turns: Sequence[Turn], window_s: float) -> tuple[list[array[int]], int, int]:
-    """The reports, and when all had begun and none had begun to end."""
+def common(turns: Sequence[Turn], length_s: float) -> tuple[int, int]:
+    """When all had begun, and the lead was over, and when none had begun to end."""
     began_s = max(turn.started_s for turn in turns) + LEAD_S
-    ended_s = min(turn.started_s for turn in turns) + LEAD_S + window_s
-    return [turn.report for turn in turns], int(1e9 * began_s), int(1e9 * ended_s)
+    ended_s = min(turn.started_s for turn in turns) + length_s
+    return int(1e9 * began_s), int(1e9 * ended_s)
