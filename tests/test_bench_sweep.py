@@ -102,12 +102,12 @@ class Started(trtpool.Pool):
 
 @pytest.mark.parametrize("gpu", [None, "0"], ids=["CPU", "GPU"])
 def test_pools_are_asked_for_as_they_can_be(gpu: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """All options go through the checks of a real start; points in a row that need the same pool share it."""
+    """All options go through the checks of a real start; the base's pool is there for all groups."""
     monkeypatch.setattr(trtpool, "Pool", Started)
     monkeypatch.setattr(Started, "asked", [])
     plans = None if gpu is None else (lambda item_bytes: tmp_path / f"{PLANS[item_bytes][0]}.plan")
     sweep = Sweep(tmp_path, gpu, plans)
-    points = [group.point(value, gpu=gpu is not None) for group in groups("producers,workers", gpu=gpu is not None,
+    points = [group.point(value, gpu=gpu is not None) for group in groups("producers,workers,run", gpu=gpu is not None,
               quick=True) for value in group.values]  # fmt: skip
     for point in points:
         sweep._started(point)

@@ -22,7 +22,7 @@ from trtpool.ipc.report import ModelReport
 from .crew import CONTEXT, STUCK_S, Crew, Turn
 from .gpu_items import Expected, Load, Source, Tensor, sample
 from .gpu_window import CpuTimes, below, spent
-from .sweep import Point
+from .sweep import BASE, Point
 from .workload import Workload
 
 LEAD_S: Final = 0.15
@@ -193,7 +193,9 @@ def quantiles_us(reports: Sequence[array[int]], began_ns: int = 0, ended_ns: int
 
 
 class Sweep:
-    """Holds the pool of the last point, for the next if that needs the same; a context manager that ends it.
+    """Holds the pools of the base, which idles meanwhile, and of the last point; a context manager that ends them.
+
+    A pool takes seconds to start on a GPU, and one that idles takes nothing from another.
 
     Args:
         folder: for models.
@@ -206,9 +208,7 @@ class Sweep:
         self, folder: Path, gpu: str | None, plan: Callable[[int], Path] | None, *, huge_pages: bool = False
     ) -> None:
         self._folder, self._gpu, self._plan, self._huge_pages = folder, gpu, plan, huge_pages
-        self._stack = contextlib.ExitStack()
-        self._pool: trtpool.Pool | None = None
-        self._point: Point | None = None
+        self._pools: dict[Point, tuple[trtpool.Pool, contextlib.ExitStack]] = {}
 
     def __enter__(self) -> Sweep:
         return self
@@ -217,9 +217,13 @@ class Sweep:
         self.close()
 
     def close(self) -> None:
-        """End the pool.  The next point starts another."""
-        self._pool = self._point = None
-        self._stack.close()
+        """End all pools.  The next point starts another."""
+        for point in list(self._pools):
+            self._end(point)
+
+    def _end(self, point: Point) -> None:
+        _, stack = self._pools.pop(point)
+        stack.close()
 
     def _model(self, item_bytes: int) -> Path:
         if self._plan is not None:
@@ -230,24 +234,27 @@ class Sweep:
         return path
 
     def _started(self, point: Point) -> trtpool.Pool:
-        if self._pool is None or self._point != point.pool:
-            self.close()
-            options: dict[str, Any] = {"device": "cpu", "threads": 1, "workers": point.workers}
-            if self._gpu is not None:
-                options = {"gpus": [self._gpu], "lanes": point.lanes, "workers_per_gpu": point.workers}
-            self._pool = self._stack.enter_context(
-                trtpool.Pool(
-                    model=str(self._model(point.item_bytes)),
-                    slots=point.slots,
-                    items_per_slot=point.items_per_slot,
-                    max_batch=point.max_batch,
-                    max_slots_per_producer=point.cap,
-                    huge_pages=self._huge_pages,
-                    **options,
-                )
-            )
-            self._point = point.pool
-        return self._pool
+        key = point.pool
+        if key not in self._pools:
+            for other in self._pools.keys() - {BASE.pool}:
+                self._end(other)
+            stack = contextlib.ExitStack()
+            self._pools[key] = stack.enter_context(self._start(point)), stack
+        return self._pools[key][0]
+
+    def _start(self, point: Point) -> trtpool.Pool:
+        options: dict[str, Any] = {"device": "cpu", "threads": 1, "workers": point.workers}
+        if self._gpu is not None:
+            options = {"gpus": [self._gpu], "lanes": point.lanes, "workers_per_gpu": point.workers}
+        return trtpool.Pool(
+            model=str(self._model(point.item_bytes)),
+            slots=point.slots,
+            items_per_slot=point.items_per_slot,
+            max_batch=point.max_batch,
+            max_slots_per_producer=point.cap,
+            huge_pages=self._huge_pages,
+            **options,
+        )
 
     def measure(self, point: Point, budget: Budget) -> Measured:
         """Producers come, work, and leave; the pool stays."""
