@@ -1,4 +1,4 @@
-"""The parts of `scripts/bench.py`: for developers, never shipped.
+"""The parts of `scripts/bench.py` and `scripts/bench_broker.py`: for developers, never shipped.
 
 ::
 
@@ -9,6 +9,11 @@
                    -> gpu_report -> gpu_results
                    -> gpu_watch
 
+    cli -> sweep_cli -> sweep_run -> sweep, crew, gpu_items
+        -> sweep_plot
+
+    broker_cli -> broker_cost -> broker_rig, which is `scripts/bench_broker.py`
+
 Rules that every case keeps:
 
 * All contenders of a case are up at once, idle ones cost nothing, and they take turns: one
@@ -18,6 +23,8 @@ Rules that every case keeps:
 * A producer writes each input and checks each result.  A window ends when everything that was
   sent in it has come back; that time is counted.
 * CPU seconds are those of all processes of a contender, from ``/proc/PID/stat``.
+
+A sweep is of the pool alone: one pool and its producers at a time, and each group of points has a base of its own.
 
 With ``--gpu`` each contender lives in a process of its own, and a window lies between two marks with work before and
 after it, see `gpu_window`: what is compared there differs by 1 %, and not by 2 times.

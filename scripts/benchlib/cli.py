@@ -39,16 +39,34 @@ _FOR_GPU: Final = ("engines", "window_s", "limit_s", "huge_pages")
     help="With --gpu: the folder of the plans; one that is missing is built.",
 )
 @click.option(
-    "--window-s", type=click.FloatRange(0.1, 60), help="With --gpu: a window's length.  [default: 0.8, quick 0.4]"
+    "--window-s",
+    type=click.FloatRange(0.1, 60),
+    help="With --gpu, --sweep: a window's length.  [default: 0.8, quick 0.4; --sweep 0.6, 0.5]",
 )
 @click.option(
     "--limit-s",
     type=click.FloatRange(10),
     default=450,
     show_default=True,
-    help="With --gpu: begin no round after so many seconds.",
+    help="With --gpu, --sweep: begin no round, no point after so many seconds.",
 )
-@click.option("--huge-pages", is_flag=True, help="With --gpu: the pool's arena on huge pages.")
+@click.option("--huge-pages", is_flag=True, help="With --gpu, --sweep: the pool's arena on huge pages.")
+@click.option(
+    "--sweep",
+    is_flag=True,
+    help="Vary one parameter of a pool at a time instead, with or without --gpu; --only names them.",
+)
+@click.option(
+    "--plot",
+    metavar="FILE.json",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Measure nothing: draw what --sweep --json wrote, as PNG files beside it.",
+)
+@click.option(
+    "--plot-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="With --plot: the folder for the PNG files.",
+)
 @click.pass_context
 def main(
     context: click.Context,
@@ -60,6 +78,9 @@ def main(
     json_path: Path | None,
     no_pool: bool,
     gpu: str | None,
+    sweep: bool,
+    plot: Path | None,
+    plot_dir: Path | None,
     **for_gpu: Any,
 ) -> None:
     """Measure trtpool beside what people use instead.
@@ -78,15 +99,28 @@ def main(
     ppocr                                 1600 x 2560, text detection, batches of 2
     mlp, mlp1                             1 KB items, batches of 256 and 1
     resnet50_pair, resnet50_io16_pair, reduce_pair  on two GPUs
+
+    With --sweep, the pool alone, one parameter at a time (--only producers,slots):
+
+    \b
+    producers, run, slots, items_per_slot, item_bytes, workers; with --gpu also lanes
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
     if json_path is not None and not json_path.parent.is_dir():
         raise click.BadParameter(f"{json_path.parent} is not a directory", param_hint="--json")
+    if plot is not None or plot_dir is not None:
+        _draw(plot, plot_dir)
+        return
+    if sweep:
+        if no_pool:
+            raise click.UsageError("--no-pool leaves nothing to --sweep")
+        _main_sweep(gpu, quick=quick, only=only, rounds=rounds, json_path=json_path, **for_gpu)
+        return
     if gpu is not None:
         _main_gpu(gpu, quick=quick, only=only, rounds=rounds, json_path=json_path, no_pool=no_pool, **for_gpu)
         return
     given = [name for name in _FOR_GPU if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given:
-        raise click.UsageError(f"--{given[0].replace('_', '-')} is for --gpu")
+        raise click.UsageError(f"--{given[0].replace('_', '-')} is for --gpu or --sweep")
     cases = _cases(only)
     console = Console(width=None if sys.stdout.isatty() else 170)
     machine = report.machine()
@@ -121,3 +155,27 @@ def _main_gpu(gpu: str, *, no_pool: bool, engines: Path | None, **choice: Any) -
     from . import gpu_cli
 
     gpu_cli.main(gpu_cli.Choice(gpu=gpu, engines=engines, **choice))
+
+
+def _main_sweep(gpu: str | None, *, engines: Path | None, **choice: Any) -> None:
+    if gpu is not None and engines is None:
+        raise click.UsageError("--gpu needs --engines, the folder of the plans; an empty one will do to build them")
+    if gpu is None and engines is not None:
+        raise click.UsageError("--engines is for --gpu; on the CPU models are written as they are needed")
+    if gpu is not None and "," in gpu:
+        raise click.BadParameter("a sweep takes one GPU", param_hint="--gpu")
+    from . import sweep_cli
+
+    sweep_cli.main(sweep_cli.Choice(gpu=gpu, engines=engines, **choice))
+
+
+def _draw(plot: Path | None, plot_dir: Path | None) -> None:
+    if plot is None:
+        raise click.UsageError("--plot-dir is for --plot FILE.json, which says what to draw")
+    from . import sweep_plot
+
+    try:
+        for path in sweep_plot.draw(plot, plot_dir or plot.parent):
+            click.echo(path)
+    except (sweep_plot.CannotDraw, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -119,6 +119,14 @@ def _build(console: Console, name: str, engines: Path, made: Path, gpu: str) -> 
     return ""
 
 
+def find_or_build(console: Console, name: str, engines: Path, made: Path, gpu: str) -> Path | str:
+    """A plan, which is built into `made` if there is none; a text says why that failed."""
+    plan = find_plan(name, engines, made)
+    if plan is not None:
+        return plan
+    return _build(console, name, engines, made, gpu) or made / f"{name}.plan"
+
+
 def main(choice: Choice) -> None:
     """Run the cases one after the other; a case that cannot run is reported, and the others go on."""
     gpus = _gpus(choice.gpu)
@@ -174,11 +182,9 @@ def _prepare(console: Console, case: GpuCase, engines: Path, made: Path, options
     if time.monotonic() > options.until_s:
         return "time is up; --limit-s gives more, --only asks for less"
     if case.plan not in options.plans:
-        plan = find_plan(case.plan, engines, made)
-        if plan is None:
-            if why := _build(console, case.plan, engines, made, options.gpus[0]):
-                return why
-            plan = made / f"{case.plan}.plan"
+        plan = find_or_build(console, case.plan, engines, made, options.gpus[0])
+        if isinstance(plan, str):
+            return plan
         options.plans[case.plan] = plan
     return ""
 
