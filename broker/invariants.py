@@ -39,7 +39,7 @@ def _validate_producers(core: Core) -> list[bytearray]:
                     held[producer.peer][lease.model.index] += 1
         assert producer.held == held[producer.peer], "a producer's slots were miscounted"
         asked = [one for model in core.models for one in model.requests() if one.producer is producer]
-        assert producer.waiting == len(asked) <= core.max_waiting, "a producer's requests were miscounted"
+        assert producer.waiting == len(asked) <= core.leasing.max_waiting, "a producer's requests were miscounted"
         for model in core.models:
             assert producer.held[model.index] <= model.cap, "a producer holds more than its cap"
     return taken
@@ -53,7 +53,7 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
     assert 2 * spares <= max(0, model.layout.slots - model.cap), "idle clients could starve others"
     assert len({line.gpu for line in model.lines}) == len(model.lines), "a GPU has two lines"
     for line in model.lines:
-        assert line.gpu is None or line.gpu < core.gpus, "there is a line for no GPU of the pool"
+        assert line.gpu is None or line.gpu < core.books.gpus, "there is a line for no GPU of the pool"
         for queue, is_urgent in ((line.queue, False), (line.urgent, True)):
             assert queue.items == sum(work.items for work in queue), "a queue lost count of items"
             assert queue.slots == sum(work.count for work in queue), "a queue lost count of slots"
@@ -77,16 +77,16 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
 
 def _validate_workers(core: Core) -> None:
     serving = {worker.peer for worker in core.workers.values() if worker.lanes and worker.said is None}
-    assert {worker.peer for worker in core.serving} == serving, "it is not known who serves"
+    assert {worker.peer for worker in core.books.serving} == serving, "it is not known who serves"
     urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
-    assert core.urgent == urgent, "interactive works were miscounted"
+    assert core.books.urgent == urgent, "interactive works were miscounted"
     waiting = sum(len(line.suspects) for model in core.models for line in model.lines)
     alone = sum(batch.alone for worker in core.workers.values() for batch in worker.batches.values())
-    assert core.suspects == waiting + alone, "suspects were miscounted"
+    assert core.books.suspects == waiting + alone, "suspects were miscounted"
     assert alone <= 1, "two suspects run at once"
     for worker in core.workers.values():
         watched = worker.watched or worker.said is not None
-        assert watched or not (core.batch_timeout_ns and worker.batches), "a worker that may hang is not watched"
+        assert watched or not (core.hangs.timeout_ns and worker.batches), "a worker that may hang is not watched"
         assert len(worker.batches) <= worker.lanes + 1, "a worker was sent more than its credit"
         for batch in worker.batches.values():
             assert {work.gpu for work in batch.works} <= {batch.line.gpu} <= {None, worker.gpu}, "on another GPU"

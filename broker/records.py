@@ -11,14 +11,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
+from typing import Final
 
 from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.settings import BULK
 
 from .batching import Work, WorkQueue
 from .slots import Ring
+
+OVERTAKES: Final = 4
+"""Interactive work goes first, but of the batches that a worker is sent while older bulk work waits, at most so many in
+a row: the next begins with the oldest bulk work.  The same holds for grants of a model's slots.  So bulk keeps a fifth,
+and more while interactive batches have room left."""
 
 
 class LeaseRecord:
@@ -44,6 +50,11 @@ class LeaseRecord:
         self.spare = False
         self.orphaned = False
         self.states = bytearray(b"\x01" * count)
+
+    def use_spare(self) -> None:
+        """Something is done with what was granted in advance."""
+        self.spare = False
+        self.model.spares -= self.count
 
 
 class Request:
@@ -96,6 +107,10 @@ class Producer:
         self.closed = False
         self.waiting = 0
 
+    def may_hold(self, model: Model, count: int) -> bool:
+        """Whether `count` slots more leave it within its cap."""
+        return self.held[model.index] + count <= model.cap
+
 
 class Worker:
     """A worker process.
@@ -106,7 +121,7 @@ class Worker:
         said: why it must end, in its own words, or that it hung; None while it goes on.
         oldest_ns: since when the oldest of its batches has been that.
         watched: whether a timer will look at `oldest_ns`; there is one at most.
-        overtaken: batches in a row that it was sent before older bulk work; see `core.OVERTAKES`.
+        overtaken: batches in a row that it was sent before older bulk work; see `OVERTAKES`.
     """
 
     __slots__ = ("batches", "device", "gpu", "lanes", "oldest_ns", "overtaken", "peer", "pid", "said", "watched")
@@ -243,6 +258,15 @@ class Model:
         """Those that wait and are not over, interactive ones first."""
         return (request for request in chain(self.urgent, self.waiting) if not request.over)
 
+    def is_short(self) -> bool:
+        """Whether somebody waits for room, and not only below its own cap."""
+        return first_short(self.urgent) is not None or first_short(self.waiting) is not None
+
+    def next_request(self) -> Request | None:
+        """The one that is granted next, once there is room; see `Leasing.serve_waiting`."""
+        bulk, urgent = first_short(self.waiting), first_short(self.urgent)
+        return bulk if urgent is None or (bulk is not None and self.overtaken >= OVERTAKES) else urgent
+
     def line(self, gpu: int | None) -> Line:
         """Where work for a GPU, or for any, waits."""
         for line in self.lines:
@@ -250,6 +274,11 @@ class Model:
                 return line
         self.lines.append(Line(self, gpu))
         return self.lines[-1]
+
+
+def first_short(requests: Iterable[Request]) -> Request | None:
+    """The first that waits for room, and not only below its own cap."""
+    return next((one for one in requests if not one.over and one.producer.may_hold(one.model, one.count)), None)
 
 
 def producer_cap(layout: ModelLayout, asked: int) -> int:

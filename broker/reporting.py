@@ -29,7 +29,7 @@ def report(core: Core) -> PoolReport:
         arena_bytes=core.arena_bytes,
         producers=len(core.producers),
         violations=core.violations,
-        draining=core.draining,
+        draining=core.books.draining,
         workers=tuple(
             WorkerReport(worker.pid, worker.device, worker.lanes, len(worker.batches), worker.gpu)
             for worker in core.workers.values()

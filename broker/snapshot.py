@@ -7,7 +7,6 @@ over, which do nothing, and settings.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
@@ -17,6 +16,7 @@ import msgspec
 from .batching import Work
 from .core import Core
 from .records import Batch, LeaseRecord, Line, Model, Producer, Request, Suspect, Totals, Worker
+from .timers import is_due
 
 LARGEST: Final = 2**63 - 1
 """Sums of what a worker claims may not fit the 64 bits that are written; reports cut them there too."""
@@ -142,13 +142,13 @@ def save(core: Core) -> bytes:
     places = _places(core)
     timers = [
         (when_ns, order, *places[id(what)])
-        for when_ns, order, what in sorted(core._timers)  # noqa: SLF001  # this module is the core's other half
-        if id(what) in places and core._is_due(what)  # noqa: SLF001
+        for when_ns, order, what in sorted(core.timers.heap)
+        if id(what) in places and is_due(what)
     ]
     return _encode(
         _Core(
-            *(core._next_lease, core._next_batch, core._next_timer, core.now_ns),  # noqa: SLF001
-            *(core.draining, core._drained, core.violations),  # noqa: SLF001
+            *(core.leasing.next_lease, core.dispatch.next_batch, core.timers.started, core.now_ns),
+            *(core.books.draining, core.drained, core.violations),
             [
                 _Producer(
                     *(one.peer, one.pid, one.closed, one.active_ns, one.overdue_ns, one.evicted_ns), _save_leases(one)
@@ -156,7 +156,7 @@ def save(core: Core) -> bytes:
                 for one in core.producers.values()
             ],
             [_save_worker(one) for one in core.workers.values()],
-            [worker.peer for worker in core.serving],
+            [worker.peer for worker in core.books.serving],
             [_save_model(model) for model in core.models],
             timers,
         )
@@ -182,18 +182,17 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
         _restore_model(core, model, kept, leases)
     for worker in data.workers:
         core.workers[worker.peer] = _restore_worker(core, worker, leases)
-    core.serving = [core.workers[peer] for peer in data.serving]
-    core._next_lease, core._next_batch, core._next_timer = data.next_lease, data.next_batch, data.next_timer  # noqa: SLF001
-    core.now_ns, core.draining, core._drained = data.now_ns, data.draining, data.drained  # noqa: SLF001
+    core.books.serving = [core.workers[peer] for peer in data.serving]
+    core.leasing.next_lease, core.dispatch.next_batch = data.next_lease, data.next_batch
+    core.books.now_ns, core.books.draining, core.drained = data.now_ns, data.draining, data.drained
     core.violations = data.violations
-    core.urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
-    core.suspects = sum(len(line.suspects) for model in core.models for line in model.lines) + sum(
+    core.books.urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
+    core.books.suspects = sum(len(line.suspects) for model in core.models for line in model.lines) + sum(
         batch.alone for worker in core.workers.values() for batch in worker.batches.values()
     )
     things = _things(core)
     timers = [(when_ns, order, things[kind][index]) for when_ns, order, kind, index in data.timers]
-    heapq.heapify(timers)
-    core._timers = timers  # noqa: SLF001
+    core.timers.restore(timers, data.next_timer)
 
 
 def _things(core: Core) -> tuple[list[Any], ...]:

@@ -11,7 +11,7 @@ import pytest
 from tests.broker.core_rig import MS, Rig, everything, sent
 from trtpool.broker import core as core_module
 from trtpool.broker import events as e
-from trtpool.broker.core import BRIEF_NS, MAX_TOGETHER, PRUNE_TIMERS, SURPLUS
+from trtpool.broker.timers import BRIEF_NS, MAX_TOGETHER, PRUNE_TIMERS, SURPLUS
 from trtpool.ipc import messages as m
 from trtpool.ipc.report import PoolReport
 from trtpool.ipc.settings import INTERACTIVE, MAX_ATTEMPTS
@@ -368,7 +368,7 @@ def test_timers_of_what_is_over_do_not_pile_up(rig):
         ((lease, _),) = grant.leases
         for message in (m.Submit(lease, 0, 1, 0, 1, 2**62), m.Cancel(lease, 0, 1), m.Release(lease, 0, 1)):
             handle(e.Received(1, message), rig.now_ns)
-    assert len(rig.core._timers) <= PRUNE_TIMERS
+    assert len(rig.core.timers.heap) <= PRUNE_TIMERS
     assert rig.core.next_timer_ns() == due_ns
     assert [done.lease for done in sent(rig.turn(3 * MS), m.Done)] == [kept]
 
@@ -526,7 +526,7 @@ def test_a_deadline_holds_for_what_waits_to_be_tried_again(rig):
     assert rig.states() == (12, 0, 4, 0, 0)
     done = sent(rig.turn(10 * MS), m.Done)
     assert sorted((d.first, d.count, d.status) for d in done) == [(0, 2, m.DEADLINE), (2, 2, m.DEADLINE)]
-    assert not rig.core.suspects
+    assert not rig.core.books.suspects
 
 
 def test_cancel_ends_what_is_queued(rig):
@@ -546,7 +546,7 @@ def test_cancel_ends_what_waits_to_be_tried_again(rig):
     lease = rig.submit(1, 4)
     rig.say(10, m.Failed(run_of(rig.turn()).batch, 0, "no"))
     assert [done.status for done in sent(rig.say(1, m.Cancel(lease, 0, 4)), m.Done)] == [m.CANCELLED] * 2
-    assert not rig.core.suspects
+    assert not rig.core.books.suspects
     rig.submit(1)
     assert sent(rig.turn(), m.Run), "no worker is kept for suspects that are gone"
 
@@ -696,7 +696,7 @@ def poisoned(poison: set[int], slots: int, *, deadly: bool, workers: int, items_
     assert all(f"tried alone {MAX_ATTEMPTS} times" in text for text in failed.values())
     assert tried_alone == Counter(dict.fromkeys(poison, MAX_ATTEMPTS))
     assert rig.figures().failed_items == len(poison) * items_per_slot
-    assert not rig.core.suspects
+    assert not rig.core.books.suspects
     rig.say(1, m.Release(lease, 0, slots))
     assert rig.states() == (32, 0, 0, 0, 0)
     return rig
@@ -941,7 +941,7 @@ def test_a_worker_that_is_busy_for_ever_with_short_batches_does_not_hang(impatie
         run = run_of(rig.turn(10 * MS))
         for done in sent(rig.finish(10, run), m.Done):
             rig.say(1, m.Release(done.lease, 0, 1))
-    assert len(rig.core._timers) == 1, "one timer serves all batches of a worker"
+    assert len(rig.core.timers.heap) == 1, "one timer serves all batches of a worker"
     assert rig.turn(10 * S) == []
     assert rig.core.next_timer_ns() is None, "an idle worker is not watched"
 
@@ -1061,9 +1061,9 @@ def test_one_who_leaves_with_nothing_is_forgotten_at_once(rig, event):
 def test_what_waits_to_be_tried_again_goes_with_its_owner(rig, event):
     rig.submit(1, 4)
     rig.say(10, m.Failed(run_of(rig.turn()).batch, 0, "no"))
-    assert rig.core.suspects == 2
+    assert rig.core.books.suspects == 2
     rig.do(event)
-    assert rig.core.suspects == 0
+    assert rig.core.books.suspects == 0
     assert rig.states() == ((12, 0, 0, 0, 4) if isinstance(event, e.ProducerClosed) else (16, 0, 0, 0, 0))
     rig.submit(2)
     assert sent(rig.turn(), m.Run)
@@ -1176,7 +1176,7 @@ def test_a_flood_of_lease_requests_is_bounded_for_each_client():
     rig = Rig((4, 1, 1))
     rig.join(1, 2)
     rig.lease(1, 3)
-    rig.core.max_waiting = 5
+    rig.core.leasing.max_waiting = 5
     for number in range(1, 6):
         assert rig.say(2, m.Lease(number, 0, 2, None)) == []
     assert "ask for several slots in one request" in rig.refused(2, m.Lease(6, 0, 2, None), m.BUSY).text

@@ -250,12 +250,12 @@ def test_a_deadline_ends_pinned_work_whose_gpu_is_gone(rig, suspect):
     if suspect:
         assert rig.go()
     rig.do(e.WorkerEnded(11, "SIGKILL"))
-    assert rig.core.suspects == suspect
+    assert rig.core.books.suspects == suspect
     assert rig.turn(5 * MS - 1) == []
     (done,) = sent(rig.turn(1), m.Done)
     assert (done.lease, done.status) == (lease, m.DEADLINE)
     assert rig.states() == (31, 0, 0, 0, 1)
-    assert rig.core.suspects == 0
+    assert rig.core.books.suspects == 0
 
 
 @pytest.mark.parametrize("suspect", [False, True])
@@ -267,7 +267,7 @@ def test_pinned_work_whose_gpu_is_gone_is_cancelled(rig, suspect):
     rig.put(1, 0)
     (done,) = sent(rig.say(1, m.Cancel(lease, 0, 1)), m.Done)
     assert (done.lease, done.status) == (lease, m.CANCELLED)
-    assert rig.core.suspects == 0
+    assert rig.core.books.suspects == 0
     assert rig.go() == [(10, [1])]
 
 
@@ -276,12 +276,12 @@ def test_pinned_work_goes_with_its_owner(rig, event):
     rig.put(2, 1)
     assert rig.go()
     rig.do(e.WorkerEnded(11, "SIGKILL"))
-    assert rig.core.suspects == 2
+    assert rig.core.books.suspects == 2
     rig.put(3, 1)
     rig.put(1, 1, peer=2)
     rig.do(event)
     rig.worker(12, gpu=1)
-    assert rig.core.suspects == 0
+    assert rig.core.books.suspects == 0
     assert rig.go() == [(12, [5])]
 
 
@@ -324,10 +324,10 @@ def test_suspects_of_a_gpu_that_is_gone_hold_up_no_others(rig):
     assert sorted(rig.go()) == [(10, [1]), (11, [0])]
     rig.do(e.WorkerEnded(11, "SIGKILL"))
     rig.end_oldest(10, fails=True)
-    assert rig.core.suspects == 2
+    assert rig.core.books.suspects == 2
     assert rig.go() == [(10, [1])]
     assert sent(rig.end_oldest(10), m.Done)
-    assert rig.core.suspects == 1
+    assert rig.core.books.suspects == 1
 
 
 def test_the_oldest_suspects_go_first_whatever_they_are_pinned_to(rig):
@@ -375,7 +375,7 @@ def test_endless_suspects_do_not_starve_what_is_pinned_to_their_gpu():
         rig.end_oldest(11, fails=True)
         actions = rig.end_oldest(10)
         rig.release(actions)
-        assert rig.core.suspects, "there always are some"
+        assert rig.core.books.suspects, "there always are some"
         if pinned in [done.lease for done in sent(actions, m.Done, 2)]:
             return
     pytest.fail("it is starved")
@@ -418,4 +418,4 @@ def test_poison_fails_alone_on_its_own_gpu_and_all_others_succeed(gpus, deadly):
                     status_of[slot] = done.status
     bad = m.WORKER_DIED if deadly else m.ENGINE_FAILED
     assert status_of == {slot: bad if slot in poison else m.OK for slot in pin_of}
-    assert rig.core.suspects == 0
+    assert rig.core.books.suspects == 0

@@ -95,7 +95,7 @@ class CoreMachine(RuleBasedStateMachine):
             recall_timeout_s=RECALL_NS / 1e9,
             evict=True,
         )
-        rig.core.max_waiting = 3
+        rig.core.leasing.max_waiting = 3
         return rig
 
     # --- What the core says, checked and learned ---
@@ -518,7 +518,7 @@ class CoreMachine(RuleBasedStateMachine):
             for at, state in enumerate(lease.slots)
             if state == SUBMITTED and (lease.model, lease.first + at) not in self.on_a_device()
         }
-        if self.rig.core.suspects:
+        if self.rig.core.books.suspects:
             lines = [line for model in self.models for line in model.lines]
             waiting = {line.gpu for line in lines if line.queue.items or line.urgent.items}
         idle = [
@@ -526,7 +526,7 @@ class CoreMachine(RuleBasedStateMachine):
             for device in self.working.values()
             if device.lanes and not device.leaving and not device.runs and {None, device.gpu} & waiting
         ]
-        assert len(idle) <= (self.rig.core.suspects > 0), f"{idle} could run what waits for {waiting}"
+        assert len(idle) <= (self.rig.core.books.suspects > 0), f"{idle} could run what waits for {waiting}"
 
     # --- What always holds ---
 

@@ -14,8 +14,7 @@ from tests.broker.core_rig import MS, Rig, sent
 from tests.broker.test_core import filled, grants, run_of
 from trtpool.broker import events as e
 from trtpool.broker.batching import MAX_WORKS, take_both
-from trtpool.broker.core import OVERTAKES
-from trtpool.broker.records import Line
+from trtpool.broker.records import OVERTAKES, Line
 from trtpool.ipc import messages as m
 from trtpool.ipc.settings import BULK, INTERACTIVE, MAX_ATTEMPTS
 
@@ -164,13 +163,13 @@ def test_a_deadline_and_a_cancel_hold_for_interactive_work(busy):
     assert (cancelled.lease, cancelled.status) == (gone, m.CANCELLED)
     (expired,) = sent(busy.turn(MS), m.Done)
     assert (expired.lease, expired.status) == (late, m.DEADLINE)
-    assert busy.core.urgent == 0
+    assert busy.core.books.urgent == 0
 
 
 def test_the_work_of_one_who_leaves_is_dropped(busy):
     submitted(busy, 2, 3, INTERACTIVE)
     busy.do(e.ProducerClosed(2))
-    assert busy.core.urgent == 0
+    assert busy.core.books.urgent == 0
     busy.do(e.ProducerEnded(2))
     assert busy.figures().queued == 0
 
@@ -344,7 +343,7 @@ def test_whatever_arrives_bulk_work_is_overtaken_by_few_batches(gpus, lanes, ste
             world.arrive(model, priority, count, pin if pin < gpus else None)
             if pin % 2:
                 world.turn()
-    while any(world.runs.values()) or world.rig.core.urgent or world.queued:
+    while any(world.runs.values()) or world.rig.core.books.urgent or world.queued:
         world.turn()
         for peer in world.workers:
             world.finish(peer)

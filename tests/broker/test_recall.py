@@ -370,7 +370,7 @@ def test_holders_that_are_not_known_by_pid_are_each_their_own():
     rig.do(e.ProducerJoined(2))
     rig.lease(1, 4)
     rig.lease(2, 2)
-    assert [one.idle for one in recall.holders(rig.core, rig.core.models[0])] == [4, 2]
+    assert [one.idle for one in recall.holders(rig.core.producers.values(), rig.core.models[0])] == [4, 2]
 
 
 def test_evicting_needs_a_time():

@@ -35,7 +35,7 @@ def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0) -> Core:
         gpus=gpus,
         started_ns=MS,
     )
-    core.max_waiting = MAX_WAITING
+    core.leasing.max_waiting = MAX_WAITING
     return core
 
 
@@ -52,7 +52,7 @@ class TwinRig(Rig):
             recall_timeout_s=RECALL_NS / 1e9,
             evict=True,
         )
-        self.core.max_waiting = MAX_WAITING
+        self.core.leasing.max_waiting = MAX_WAITING
         self.settings = (delay_us, cap, gpus)
         self.twin = fresh(*self.settings)
 
@@ -160,7 +160,7 @@ def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
     """Each slot a lease and a work of its own, the others running, all numbers as large as they get."""
     slots, large = 512, 2**62
     core = Core(layouts((slots, 1, 1)), gpus=64, batch_timeout_s=60, started_ns=large)
-    core._next_lease = core._next_batch = core._next_timer = large
+    core.leasing.next_lease = core.dispatch.next_batch = core.timers.started = large
     now, peers, workers = large, range(2**40, 2**40 + 4), range(2**41, 2**41 + 2)
     sent = 0
     for worker in workers:
@@ -175,15 +175,15 @@ def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
     for peer in peers:
         for lease in list(core.producers[peer].leases):
             core.handle(e.Received(peer, m.Submit(lease, 0, 1, 2**63 - 1, 1, large, 1, None)), now)
-        for request in range(core.max_waiting):
+        for request in range(core.leasing.max_waiting):
             core.handle(e.Received(peer, m.Lease(large + slots + request, 0, 1, large)), now)
     for action in core.handle(e.TurnEnded(), now):
         if isinstance(action, e.Send) and isinstance(action.message, m.Run):
             sent += len(m.encode([action.message]))
     validate(core)
     assert report(core).models[0].queued + report(core).models[0].running == slots
-    assert all(producer.waiting == core.max_waiting for producer in core.producers.values())
-    requests, others = len(peers) * core.max_waiting, 8192 * (len(peers) + len(workers))
+    assert all(producer.waiting == core.leasing.max_waiting for producer in core.producers.values())
+    requests, others = len(peers) * core.leasing.max_waiting, 8192 * (len(peers) + len(workers))
     assert sent > 0
     assert len(save(core)) + sent <= SLOT_BYTES * slots + REQUEST_BYTES * requests + others
 
