@@ -203,6 +203,7 @@ class Admission:
             token=self._doorman.issue(number) if worker is None else b"",
             layout=self._config.layout,
             gpus=self._config.gpus,
+            busy_poll=self._config.busy_poll,
         )
         try:
             lifeline.send_packet(peer.sock, description, [self._config.arena_fd])

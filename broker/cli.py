@@ -226,6 +226,11 @@ def cli() -> None:
     help="How long a client may hold idle slots while others wait before it is reported; 0: for ever.",
 )
 @click.option("--evict", is_flag=True, help="Kill the process of such a client if those who wait need its slots.")
+@click.option(
+    "--busy-poll",
+    is_flag=True,
+    help="Spin instead of sleeping: lower latency, for a whole CPU each for broker, workers and clients that wait.",
+)
 def start(
     *,
     models: tuple[str, ...],

@@ -147,6 +147,7 @@ class Crew:
                 cpus=cpus,
                 name=place.name,
                 gpu=place.gpu,
+                busy_poll=self._settings.busy_poll,
             )
             gpu = None if place.gpu is None else self._settings.gpus[place.gpu]
             child = self._children.spawn("trtpool.workers", config, [workers.fileno()], gpu)

@@ -41,9 +41,12 @@ class Peer:
         told: whether the supervisor knows why it must end.
         mail: that of the ledger, once it has joined.
         resume: what goes out before all mail.
+        looks, had_more: how often it was read, and whether it had more than one frame the last time.
     """
 
-    __slots__ = ("direct", "joined", "mail", "number", "pid", "pidfd", "resume", "sock", "told", "worker")
+    __slots__ = (
+        "direct", "had_more", "joined", "looks", "mail", "number", "pid", "pidfd", "resume", "sock", "told", "worker",
+    )  # fmt: skip
 
     def __init__(self, number: int, sock: socket.socket, pidfd: int, pid: int, worker: int | None) -> None:
         self.number = number
@@ -55,6 +58,8 @@ class Peer:
         self.told = False
         self.mail = Mail()
         self.resume = b""
+        self.looks = 0
+        self.had_more = False
 
 
 class Peers:

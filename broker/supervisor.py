@@ -122,7 +122,18 @@ class Supervisor:
         self._crew.start_all()
         self._wait_for(lambda: self._crew.ready)
         self._serving = True
+        self._warn_of_spinning()
         self._announce(Started(settings.name, run_dir.path, config.layout, len(self._crew.places), gpus))
+
+    def _warn_of_spinning(self) -> None:
+        """Processes that spin and have to share a CPU make each other wait."""
+        spinning, cpus = 1 + len(self._crew.places), len(os.sched_getaffinity(0))
+        if self._settings.busy_poll and spinning >= cpus:
+            log.warning(
+                "with --busy-poll the broker and the workers keep %d CPUs busy, and each client that waits one more; "
+                "there are %d, so it is slower than without",
+                spinning, cpus,
+            )  # fmt: skip
 
     def _look_at_gpus(self) -> tuple[GpuInfo, ...]:
         """What the GPUs are; from here on all models are plans for them."""
@@ -158,6 +169,7 @@ class Supervisor:
             recall_timeout_s=settings.recall_timeout_s,
             evict=settings.evict,
             owner_pid=self._owner_pid,
+            busy_poll=settings.busy_poll,
             listener_fd=listener.fileno(),
             control_fd=-1,
             arena_fd=arena_fd,

@@ -41,13 +41,15 @@ class Client:
     Attributes:
         run_dir: the pool's run directory.
         transport: what carries the messages.
+        busy_poll: spin while waiting, see `trtpool.connect`.
     """
 
-    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT) -> None:
+    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT, *, busy_poll: bool | None = None) -> None:
         self._session: Session | None = None  # for __del__, if connecting fails
         self.run_dir = run_dir
         self.transport = transport
-        self._session = Session(run_dir, transport)
+        self.busy_poll = busy_poll
+        self._session = Session(run_dir, transport, busy_poll)
 
     @property
     def session(self) -> Session:
@@ -220,7 +222,7 @@ class Client:
         """Something that can be pickled, or carried over a fork, and connects by itself, once in each process."""
         from .remote import PoolHandle
 
-        return PoolHandle(self.run_dir, self.transport)
+        return PoolHandle(self.run_dir, self.transport, busy_poll=self.busy_poll)
 
     def close(self) -> None:
         """Disconnect.

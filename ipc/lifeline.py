@@ -62,6 +62,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
             worker, which talks over the lifeline itself: see `pipe`.
         layout: the arena.
         gpus: how many GPUs the pool has; 0 for a pool on the CPU.
+        busy_poll: whether the pool's processes spin while they wait, as its clients are to.
     """
 
     version: int
@@ -71,6 +72,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     token: bytes
     layout: Layout
     gpus: int = 0
+    busy_poll: bool = False
 
     def __post_init__(self) -> None:
         if len(self.token) not in (0, TOKEN_BYTES):

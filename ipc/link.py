@@ -97,6 +97,7 @@ class Link:
     Args:
         lifeline: a connected lifeline, which the link takes over, and closes.
         description: what came over it.
+        busy_poll: whether `wait` spins; by default as the pool does.
 
     Attributes:
         late_s: how long messages may still come in after the lifeline has ended.
@@ -111,9 +112,11 @@ class Link:
 
     late_s = 0.0  # they come over it, in order
 
-    def __init__(self, lifeline: socket.socket, description: Description) -> None:
+    def __init__(self, lifeline: socket.socket, description: Description, busy_poll: bool | None = None) -> None:
         self.ended = False
+        self._spins = description.busy_poll if busy_poll is None else busy_poll
         self._hearing = Hearing()
+        self._buffer = memoryview(bytearray(FRAME_BYTES))
         self._lifeline = lifeline
         self._lifeline.setblocking(False)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -149,27 +152,31 @@ class Link:
         self._send_frame(m.encode(messages))
 
     def receive(self) -> list[m.FromBroker]:
-        """All messages that have arrived, without waiting."""
-        received: list[m.FromBroker] = []
+        """Messages that have arrived, without waiting: those of a frame, or more; none: there are no more frames."""
         while not self.ended:
             try:
-                frame = self._lifeline.recv(FRAME_BYTES)
+                length = self._lifeline.recv_into(self._buffer)
             except BlockingIOError:
                 break
             except ConnectionResetError:
                 continue  # it closed with something of ours unread, which is told once, before what it sent last
             except OSError:
-                frame = b""
-            if frame:
-                received += self._hearing.take(frame)
-            else:
+                length = 0
+            if not length:
                 self._end()
-        return received
+            elif received := self._hearing.take(self._buffer[:length]):
+                return received
+        return []
 
     def wait(self, timeout_s: float | None) -> None:
         """Sleep until something arrives, the lifeline ends, `wake` is called, or time is up."""
-        timeout_ms = None if timeout_s is None else max(0.0, timeout_s * 1000)
-        for fd, _ in self._poller.poll(timeout_ms):
+        if self._spins:
+            deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+            while not (ready := self._poller.poll(0)) and time.monotonic() < deadline:
+                pass
+        else:
+            ready = self._poller.poll(None if timeout_s is None else max(0.0, timeout_s * 1000))
+        for fd, _ in ready:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(fd)

@@ -325,7 +325,7 @@ def decode_to_broker(frame: bytes | memoryview) -> list[ToBroker]:
         raise ProtocolError(f"a frame of {len(frame)} bytes is not a list of messages: {error}") from error
 
 
-def decode_from_broker(frame: bytes) -> list[FromBroker]:
+def decode_from_broker(frame: bytes | memoryview) -> list[FromBroker]:
     """Decode a frame that a client or a worker received.
 
     Raises:

@@ -38,7 +38,7 @@ class Hearing:
         self._heard = 0
         self._again = 0
 
-    def take(self, frame: bytes) -> list[m.FromBroker]:
+    def take(self, frame: bytes | memoryview) -> list[m.FromBroker]:
         """The messages of a frame; none if it was heard before.
 
         Raises:

@@ -20,7 +20,7 @@ from .settings import DEFAULT_TRANSPORT, Priority
 T = TypeVar("T")
 
 _lock = threading.Lock()
-_clients: dict[tuple[Path, str], Client] = {}
+_clients: dict[tuple[Path, str, bool | None], Client] = {}
 
 
 def _forget_in_child() -> None:
@@ -39,7 +39,11 @@ atexit.register(_close_all)
 
 
 def connect(
-    name: str = "default", *, run_dir: str | os.PathLike[str] | None = None, transport: str = DEFAULT_TRANSPORT
+    name: str = "default",
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    transport: str = DEFAULT_TRANSPORT,
+    busy_poll: bool | None = None,
 ) -> Client:
     """Connect to a running pool.
 
@@ -47,13 +51,15 @@ def connect(
         name: the pool's name, as in ``trtpool start --name``.
         run_dir: its run directory, if it was started with one; `$TRTPOOL_RUN_DIR` otherwise names it.
         transport: what carries the messages: "lifeline", a Unix socket, or "zmq", which costs about twice as much.
+        busy_poll: spin while waiting for an answer, which saves the time to be woken and takes a whole CPU meanwhile;
+            None: if the pool does (``trtpool start --busy-poll``).
 
     Raises:
         PoolNotFound: no pool runs there.
         AccessDenied: this user may not attach.
         ProtocolError: the pool runs another version of trtpool.
     """
-    return Client(run_dir_of(name, run_dir), transport)
+    return Client(run_dir_of(name, run_dir), transport, busy_poll=busy_poll)
 
 
 class PoolHandle:
@@ -62,15 +68,16 @@ class PoolHandle:
     Give it to `multiprocessing` or DataLoader workers and use it like a client.
     """
 
-    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT) -> None:
+    def __init__(self, run_dir: Path, transport: str = DEFAULT_TRANSPORT, busy_poll: bool | None = None) -> None:
         self.run_dir = run_dir
         self.transport = transport
+        self.busy_poll = busy_poll
 
     @property
     def client(self) -> Client:
         """This process's client, which all handles of this pool share; it is closed when the process ends."""
         with _lock:
-            key = self.run_dir, self.transport
+            key = self.run_dir, self.transport, self.busy_poll
             client = _clients.get(key)
             if client is None or client.session.closed:
                 client = _clients[key] = self.connect()
@@ -78,7 +85,7 @@ class PoolHandle:
 
     def connect(self) -> Client:
         """A client of your own, to close yourself."""
-        return Client(self.run_dir, self.transport)
+        return Client(self.run_dir, self.transport, busy_poll=self.busy_poll)
 
     def lease(self, *, model: str | None = None, timeout_s: float | None = None, priority: Priority = "bulk") -> Lease:
         """See `Client.lease`."""
@@ -133,8 +140,8 @@ class PoolHandle:
         """See `Client.status`."""
         return self.client.status()
 
-    def __reduce__(self) -> tuple[type[PoolHandle], tuple[Path, str]]:
-        return PoolHandle, (self.run_dir, self.transport)
+    def __reduce__(self) -> tuple[type[PoolHandle], tuple[Path, str, bool | None]]:
+        return PoolHandle, (self.run_dir, self.transport, self.busy_poll)
 
     def __repr__(self) -> str:
         return f"<PoolHandle of {self.run_dir}>"

@@ -126,6 +126,8 @@ class ModelState:
 class Session:
     """A connection to the pool in `run_dir`, over a `transport` that is a key of `link.TRANSPORTS`.
 
+    For `busy_poll` see `Link`.
+
     Attributes:
         pool: its name.
         layout: its models and their planes.
@@ -139,12 +141,12 @@ class Session:
         PoolNotFound, AccessDenied, PoolClosed, ProtocolError: see `trtpool.connect`.
     """
 
-    def __init__(self, run_dir: Path, transport: str) -> None:
+    def __init__(self, run_dir: Path, transport: str, busy_poll: bool | None = None) -> None:
         if transport not in TRANSPORTS:
             raise InvalidInput(f"there is no transport {transport!r}; there are {', '.join(TRANSPORTS)}")
         for again in reversed(range(CONNECT_TRIES)):
             try:
-                self._connect(run_dir, transport)
+                self._connect(run_dir, transport, busy_poll)
                 break
             except (Unwelcome, PoolClosed):
                 if not again:
@@ -155,7 +157,7 @@ class Session:
         ]
         self.closed = self.forked = False
         self._pid = os.getpid()
-        self._driver = Driver(self.link, self._exchange, self._has_afterwork, self._unlocked)
+        self._driver = Driver(self.link, self._take_in, self._has_afterwork, self._unlocked)
         self._background = Background(self._driver)
         self._over: str | None = None  # why nothing more can be asked of the pool
         self._next_seq = 0
@@ -182,7 +184,7 @@ class Session:
                 self._handlers[type(message)](message)
         self.link.attend(self._attend)
 
-    def _connect(self, run_dir: Path, transport: str) -> None:
+    def _connect(self, run_dir: Path, transport: str, busy_poll: bool | None) -> None:
         lifeline = connect_lifeline(run_dir)
         try:
             description, fd = receive_description(lifeline)
@@ -197,7 +199,7 @@ class Session:
         self.pool = description.pool
         self.layout: Layout = description.layout
         self.gpus = description.gpus
-        self.link = TRANSPORTS[transport](lifeline, description)
+        self.link = TRANSPORTS[transport](lifeline, description, busy_poll)
 
     def check_process(self) -> None:
         """Raise `ForkedClient` in a child of the process that connected."""
@@ -579,21 +581,33 @@ class Session:
 
     def _exchange(self) -> None:
         """Send what must go out and take in what has arrived, until neither is left."""
-        while not self.closed:
+        while self._take_in():
+            pass
+
+    def _take_in(self) -> bool:
+        """Send what must go out, and take in what has arrived, a frame at a time; whether there was any.
+
+        To look once more after the last one costs a tenth of a round trip, and who waits knows when it has what it
+        waits for.
+        """
+        if self.closed:
+            return False
+        self._send_urgent()
+        received = self.link.receive()
+        for message in received:
+            handler = self._handlers.get(type(message))
+            if handler is None:
+                raise ProtocolError(f"the broker sent a client {type(message).__name__}")
+            handler(message)
+        if received:
             self._send_urgent()
-            received = self.link.receive()
-            for message in received:
-                handler = self._handlers.get(type(message))
-                if handler is None:
-                    raise ProtocolError(f"the broker sent a client {type(message).__name__}")
-                handler(message)
-            if not received and not self._urgent:
-                break
+            return True
         if self.link.ended and self._over is None and not self.closed:
             if self._driver.led:
                 self.link.wake()  # who sleeps on the link sees to it: two must not
             else:
                 self._receive_last()
+        return False
 
     def _attend(self) -> bool:
         """Take in what came though nobody waits; whether more may come.  See `Link.attend`."""

@@ -178,6 +178,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         recall_timeout_s: how long a client may hold slots and do nothing with them while others wait for slots, until
             it is reported; 0: for ever.
         evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
+        busy_poll: have broker, workers and clients spin while they wait, which saves the time that it takes to be woken
+            and keeps a whole CPU for each of them busy.
     """
 
     models: tuple[ModelSource, ...]
@@ -200,6 +202,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     start_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_START_TIMEOUT_S
     recall_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_RECALL_TIMEOUT_S
     evict: bool = False
+    busy_poll: bool = False
 
     def __post_init__(self) -> None:
         if self.evict and not self.recall_timeout_s:
@@ -245,10 +248,10 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s` and `evict`
-    see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted; 0: none.
-    `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With `takes_over` it goes
-    on from what another left there, with the peers that the supervisor tells of first.
+    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`
+    and `busy_poll` see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted;
+    0: none.  `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With
+    `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -267,5 +270,6 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     recall_timeout_s: float = 0.0
     evict: bool = False
     owner_pid: int = 0
+    busy_poll: bool = False
     table_fd: int | None = None
     takes_over: bool = False

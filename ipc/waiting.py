@@ -108,7 +108,7 @@ class Driver:
 
     Args:
         link: where to sleep.
-        receive: handles all that has arrived; called under the lock.
+        receive: handles what has arrived, or a part of it, and returns whether there was any; called under the lock.
         pending: whether `unlocked` has something to do.
         unlocked: does what must not be done under the lock, such as callbacks; called after each unlock.  It may
             use the client, and so wait itself: the thread that calls it neither leads nor follows.
@@ -117,7 +117,7 @@ class Driver:
     def __init__(
         self,
         link: Link,
-        receive: Callable[[], None],
+        receive: Callable[[], bool],
         pending: Callable[[], bool],
         unlocked: Callable[[], None],
     ) -> None:
@@ -150,7 +150,8 @@ class Driver:
         """Take and leave the lock if it is free, so that `receive` and `unlocked` run; else its holder sees to it."""
         if self._lock.acquire(blocking=False):
             try:
-                self._receive()
+                while self._receive():
+                    pass
             finally:
                 self.__exit__(None, None, None)
 
@@ -182,9 +183,11 @@ class Driver:
         self._lock.acquire()
         try:
             while True:
-                self._receive()
+                received = self._receive()
                 if target.over:
                     return True
+                if received:
+                    continue
                 remaining = None if deadline is None else min(deadline - time.monotonic(), LONGEST_SLEEP_S)
                 if remaining is not None and remaining <= 0:
                     return False

@@ -46,14 +46,7 @@ def is_ready(loop: Loop) -> bool:
 
 def turn(loop: Loop) -> None:
     """One turn; it sleeps if nothing has happened."""
-    public = getattr(loop, "turn", None)
-    if public is not None:
-        public()
-        return
-    for fd in loop._sleep():  # noqa: SLF001
-        loop._look_at(fd)  # noqa: SLF001
-    loop._read_messages()  # noqa: SLF001
-    loop._end_turn()  # noqa: SLF001
+    loop.turn()
 
 
 def core_of(loop: Loop) -> Core:
@@ -63,10 +56,8 @@ def core_of(loop: Loop) -> Core:
 
 def close_sockets(loop: Loop) -> None:
     """Close what a loop leaves open when it has ended, since its process ends then."""
-    for name in ("_listener", "_control"):
-        sock = getattr(loop, name, None)
-        if sock is not None:
-            sock.close()
+    loop._admission.listener.close()  # noqa: SLF001
+    loop._control.sock.close()  # noqa: SLF001
 
 
 @dataclass(frozen=True)
@@ -299,7 +290,7 @@ class Rig:
 
     def _settle(self) -> None:
         while is_ready(self.loop):
-            turn(self.loop)
+            self.loop.turn()
             self._supervise()
 
     def _supervise(self) -> None:

@@ -51,6 +51,7 @@ _FOR_GPU: Final = ("engines", "window_s", "limit_s", "huge_pages")
     help="With --gpu, --sweep: begin no round, no point after so many seconds.",
 )
 @click.option("--huge-pages", is_flag=True, help="With --gpu, --sweep: the pool's arena on huge pages.")
+@click.option("--busy-poll", is_flag=True, help="With --sweep: all processes spin instead of sleeping.")
 @click.option(
     "--sweep",
     is_flag=True,
@@ -78,6 +79,7 @@ def main(
     json_path: Path | None,
     no_pool: bool,
     gpu: str | None,
+    busy_poll: bool,
     sweep: bool,
     plot: Path | None,
     plot_dir: Path | None,
@@ -113,8 +115,10 @@ def main(
     if sweep:
         if no_pool:
             raise click.UsageError("--no-pool leaves nothing to --sweep")
-        _main_sweep(gpu, quick=quick, only=only, rounds=rounds, json_path=json_path, **for_gpu)
+        _main_sweep(gpu, quick=quick, only=only, rounds=rounds, json_path=json_path, busy_poll=busy_poll, **for_gpu)
         return
+    if busy_poll:
+        raise click.UsageError("--busy-poll is for --sweep")
     if gpu is not None:
         _main_gpu(gpu, quick=quick, only=only, rounds=rounds, json_path=json_path, no_pool=no_pool, **for_gpu)
         return

@@ -41,6 +41,7 @@ class Choice:
     window_s: float | None
     limit_s: float
     huge_pages: bool
+    busy_poll: bool
     json_path: Path | None
 
     @property
@@ -93,7 +94,7 @@ def main(choice: Choice) -> None:
         if choice.gpu is not None:
             kept["machine"]["gpus"], plan = _prepare_gpu(console, choice, Path(folder))
         _head(console, kept["machine"])
-        with Sweep(Path(folder), choice.gpu, plan, huge_pages=choice.huge_pages) as sweep:
+        with Sweep(Path(folder), choice.gpu, plan, huge_pages=choice.huge_pages, busy_poll=choice.busy_poll) as sweep:
             for group in chosen:
                 rows = [_row(sweep, group, value, choice, until_s) for value in group.values]
                 failed += sum(row.measured is None for row in rows)

@@ -201,13 +201,20 @@ class Sweep:
         folder: for models.
         gpu: as users name it; None: the CPU.
         plan: finds the plan for items of so many bytes.
-        huge_pages: see `trtpool.Pool`.
+        huge_pages, busy_poll: see `trtpool.Pool`.
     """
 
     def __init__(
-        self, folder: Path, gpu: str | None, plan: Callable[[int], Path] | None, *, huge_pages: bool = False
+        self,
+        folder: Path,
+        gpu: str | None,
+        plan: Callable[[int], Path] | None,
+        *,
+        huge_pages: bool = False,
+        busy_poll: bool = False,
     ) -> None:
-        self._folder, self._gpu, self._plan, self._huge_pages = folder, gpu, plan, huge_pages
+        self._folder, self._gpu, self._plan = folder, gpu, plan
+        self._huge_pages, self._busy_poll = huge_pages, busy_poll
         self._pools: dict[Point, tuple[trtpool.Pool, contextlib.ExitStack]] = {}
 
     def __enter__(self) -> Sweep:
@@ -253,6 +260,7 @@ class Sweep:
             max_batch=point.max_batch,
             max_slots_per_producer=point.cap,
             huge_pages=self._huge_pages,
+            busy_poll=self._busy_poll,
             **options,
         )
 

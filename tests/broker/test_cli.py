@@ -109,18 +109,19 @@ def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkey
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     words += ["--workers=2", "--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]
-    words += ["--huge-pages", "--evict", "--allow-user=4321", "--allow-user=daemon"]
+    words += ["--huge-pages", "--evict", "--busy-poll", "--allow-user=4321", "--allow-user=daemon"]
     assert run("start", "a=det.onnx", "b=./det.onnx", *words) == 0
     (settings,) = started
     assert settings.models == (ModelSource(str(model), "a"), ModelSource(str(model), "b"))
     assert (settings.name, settings.run_dir) == ("ocr", str(tmp_path / "there"))
     assert settings.engine == EngineSettings(threads=5, shapes={"a:x": (3, 4), "b:z": (7,)})
-    assert (settings.workers, settings.huge_pages, settings.evict, settings.gpus) == (2, True, True, ())
+    assert (settings.workers, settings.huge_pages, settings.evict, settings.busy_poll) == (2, True, True, True)
+    assert settings.gpus == ()
     assert settings.allow_users == (4321, pwd.getpwnam("daemon").pw_uid)
     assert {name: getattr(settings, name) for name in options} == options
     # Were there an option that this test and the next forgot, it would have its default.
     others = {"models", "name", "run_dir", "engine", "workers", "huge_pages", "gpus", "workers_per_gpu", "build"}
-    others |= {"allow_users", "evict"}
+    others |= {"allow_users", "busy_poll", "evict"}
     assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *others}
 
 

@@ -18,7 +18,7 @@ import select
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -66,19 +66,32 @@ class Watched:
     def __init__(self, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.failures: list[BaseException] = []
         self.events = 0
-        real = Core.handle
+        receive, tell, end_turn = Core.receive, Core.tell, Core.end_turn
 
-        def handle(core: Core, event: e.Event, now_ns: int) -> list[e.Action]:
-            actions = real(core, event, now_ns)
+        def check(core: Core) -> None:
             self.events += 1
             try:
                 validate(core)
             except BaseException as error:
                 self.failures.append(error)
                 raise
-            return actions
 
-        monkeypatch.setattr(Core, "handle", handle)
+        def receive_one_by_one(core: Core, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None:
+            for message in messages:
+                receive(core, peer, [message], now_ns)
+                check(core)
+
+        def tell_and_check(core: Core, event: e.Event, now_ns: int) -> None:
+            tell(core, event, now_ns)
+            check(core)
+
+        def end_and_check(core: Core, now_ns: int) -> None:
+            end_turn(core, now_ns)
+            check(core)
+
+        monkeypatch.setattr(Core, "receive", receive_one_by_one)
+        monkeypatch.setattr(Core, "tell", tell_and_check)
+        monkeypatch.setattr(Core, "end_turn", end_and_check)
         self.broker = Broker(run_dir)
 
     def check(self) -> None:

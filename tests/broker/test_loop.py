@@ -23,7 +23,7 @@ from trtpool.broker import control as c
 from trtpool.broker import events as e
 from trtpool.broker import loop as loop_module
 from trtpool.broker.journal import Journal
-from trtpool.broker.loop import Loop, configure
+from trtpool.broker.loop import LOOKS, Loop, configure
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.arena import create_segment
@@ -229,6 +229,31 @@ def test_work_that_arrives_together_is_one_batch(broker):
     assert len(client.receive()) == 4
 
 
+def test_of_a_peer_that_seldom_has_several_frames_one_is_read_a_turn_until_that_is_noticed(tmp_path):
+    broker = Broker(tmp_path / "run", starts=False)
+    try:
+        sock = lifeline.connect(broker.run_dir.path)
+        broker.loop.turn()
+        client = Raw(sock, greet=False)
+        broker.peers.append(client)
+        client.send(client.hello)
+        broker.loop.turn()
+        assert isinstance(client.receive()[0], m.Welcome)
+        count = 4 * LOOKS
+        for number in range(count):
+            client.send(m.Status(number))
+        answered: list[int] = []
+        turns = 0
+        while len(answered) < count:
+            broker.loop.turn()
+            turns += 1
+            answered += [answer.request for answer in client.receive() if isinstance(answer, m.Report)]
+        assert answered == list(range(count))
+        assert turns <= LOOKS
+    finally:
+        broker.close()
+
+
 def test_a_turn_reads_all_that_has_come_and_sends_each_peer_one_frame(tmp_path):
     broker = Broker(tmp_path / "run", starts=False)
     try:
@@ -241,6 +266,8 @@ def test_a_turn_reads_all_that_has_come_and_sends_each_peer_one_frame(tmp_path):
             client.send(client.hello)
             broker.loop.turn()
             assert isinstance(client.receive()[0], m.Welcome)
+        for peer in broker.loop._peers.of.values():
+            peer.had_more = True  # as after a turn in which it had several frames
         for number in range(3):
             for client in clients:
                 client.send(m.Status(number))

@@ -32,7 +32,6 @@ import os, sys
 if sys.orig_argv[-1] == "trtpool.workers":
     import ctypes, threading, time
     from trtpool.workers import lanes
-    from trtpool.workers.engine import Rows
 
     folder = os.environ["TRTPOOL_TEST_PHASE"]
 
@@ -81,12 +80,17 @@ if sys.orig_argv[-1] == "trtpool.workers":
             (error,) = driver.cuLaunchKernel(Lane.kernel, 1, 1, 1, 1, 1, 1, 0, stream, arguments, 0)
             assert not error, error
 
-        def _copy(self, tensors, batch, items_per_slot, *, to_device):
-            if armed("copy in" if to_device else "copy out"):
-                one = [Rows(batch[0].first, 1, 1)]
-                super()._copy(tensors, one, items_per_slot, to_device=to_device)
+        def _copy_run_in(self, first, items):
+            if armed("copy in"):
+                super()._copy_run_in(first, 1)
                 self.hold()
-            super()._copy(tensors, batch, items_per_slot, to_device=to_device)
+            super()._copy_run_in(first, items)
+
+        def _copy_run_out(self, first, items):
+            if armed("copy out"):
+                super()._copy_run_out(first, 1)
+                self.hold()
+            super()._copy_run_out(first, items)
 
         def _compute(self, items):
             if armed("compute"):

@@ -32,6 +32,7 @@ FIELDS = {
     "leases": st.lists(st.tuples(u63, st.builds(m.SlotRun, u31, u31, count)), min_size=1, max_size=20),
     "rows": st.lists(st.builds(m.Rows, u31, u31, count, count), min_size=1, max_size=20),
     "lanes": st.integers(1, 64),
+    "batches": count,
     "count": count,
     "items": count,
     "body": st.binary(max_size=200),

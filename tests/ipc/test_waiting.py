@@ -50,9 +50,12 @@ class Rig:
         self.threads: list[threading.Thread] = []
         self.driver = Driver(self.link, self.receive, lambda: bool(self.afterwork), self.unlocked)  # type: ignore[arg-type]
 
-    def receive(self) -> None:
-        while self.arrived:
-            self.driver.finish(self.arrived.popleft())
+    def receive(self) -> bool:
+        """Take in one that has arrived, as a link takes a frame; whether there was one."""
+        if not self.arrived:
+            return False
+        self.driver.finish(self.arrived.popleft())
+        return True
 
     def unlocked(self) -> None:
         while self.afterwork:
@@ -262,10 +265,11 @@ def test_what_a_finalizer_leaves_while_the_lock_is_held_is_not_slept_over(rig):
     target = Target()
     receive = rig.receive
 
-    def receive_and_drop() -> None:
+    def receive_and_drop() -> bool:
         rig.driver._receive = receive
         rig.afterwork.append(lambda: rig.bring(target))
         rig.driver.try_visit()  # as a finalizer does: the lock is held, by us
+        return False
 
     rig.driver._receive = receive_and_drop
     assert rig.driver.wait(target, NET_S)
@@ -285,12 +289,14 @@ def background(rig: Rig) -> Iterator[Background]:
     made = Background(rig.driver)
     receive = rig.receive
 
-    def receive_and_count() -> None:
-        while rig.arrived:
-            target = rig.arrived.popleft()
-            rig.driver.finish(target)
-            if getattr(target, "watched", False):
-                made.unwatch()
+    def receive_and_count() -> bool:
+        if not rig.arrived:
+            return False
+        target = rig.arrived.popleft()
+        rig.driver.finish(target)
+        if getattr(target, "watched", False):
+            made.unwatch()
+        return True
 
     rig.driver._receive = receive_and_count
     yield made

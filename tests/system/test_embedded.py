@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -276,3 +278,39 @@ def test_starting_again_and_again_leaves_nothing(negate, tmp_path):
         counts.append((descriptors(), Path("/proc/self/maps").read_text().count("memfd"), threading.active_count()))
     assert len(set(counts)) == 1
     assert [*(tmp_path / "trtpool").iterdir()] == []
+
+
+@pytest.mark.parametrize("transport", ["lifeline", "zmq"])
+def test_a_pool_that_spins_works_and_ends_as_any_other(transport, negate):
+    """Also with several threads that wait, of which one spins for all, and after its broker has died."""
+    with trtpool.Pool(model=negate, busy_poll=True, transport=transport) as pool:
+        broker, worker = (
+            next(one for one in family(supervisor_of(pool).pid) if command_of(one) == module)
+            for module in ("trtpool.broker", "trtpool.workers")
+        )
+        before_s = [sum(one.cpu_times()[:2]) for one in (broker, worker)]
+        values = [value % 7 for value in range(60)]
+        with ThreadPoolExecutor(3) as threads:
+            answers = list(threads.map(lambda value: pool.infer(x=ones(value))["y"].tolist(), values))
+        assert answers == [[-value] * 4 for value in values]
+        wait_until(
+            lambda: all(
+                sum(one.cpu_times()[:2]) > spent_s + 0.05
+                for one, spent_s in zip((broker, worker), before_s, strict=True)
+            ),
+            "broker and worker spin",
+        )
+        with pool.lease_many(pool.models[0].slots // 2), pytest.raises(trtpool.TrtpoolError, match="slots"):
+            pool.lease_many(pool.models[0].slots // 2 + 1, timeout_s=0.01)
+        os.kill(broker.pid, signal.SIGKILL)
+        assert pool.infer(x=ones(5))["y"].tolist() == [-5] * 4
+
+
+@pytest.mark.parametrize("spins", [True, False])
+def test_a_client_may_spin_where_its_pool_does_not_and_the_other_way_round(spins, negate, run_dir):
+    with trtpool.Pool(model=negate, run_dir=run_dir, busy_poll=not spins):
+        client = trtpool.connect(run_dir=run_dir, busy_poll=spins)
+        with client:
+            assert client.session.link._spins is spins
+            assert client.infer(x=ones(5))["y"].tolist() == [-5] * 4
+            assert pickle.loads(pickle.dumps(client.handle())).busy_poll is spins

@@ -18,7 +18,6 @@ from tests.system.rig import (
     family,
     figures,
     hold,
-    ones,
     producer,
     submit,
     wait_until,
