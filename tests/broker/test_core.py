@@ -11,7 +11,9 @@ import pytest
 from tests.broker.core_rig import MS, Rig, everything, sent
 from trtpool.broker import core as core_module
 from trtpool.broker import events as e
-from trtpool.broker.timers import BRIEF_NS, MAX_TOGETHER, PRUNE_TIMERS, SURPLUS
+from trtpool.broker.dispatch import BRIEF_NS, MAX_TOGETHER
+from trtpool.broker.leasing import SURPLUS
+from trtpool.broker.timers import PRUNE_TIMERS
 from trtpool.ipc import messages as m
 from trtpool.ipc.report import PoolReport
 from trtpool.ipc.settings import INTERACTIVE, MAX_ATTEMPTS

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 
 from tests.broker.core_rig import MS, Rig, everything
 from trtpool.broker import events as e
-from trtpool.broker.core import BRIEF_NS, MAX_TOGETHER
+from trtpool.broker.dispatch import BRIEF_NS, MAX_TOGETHER
 from trtpool.ipc import messages as m
 
 HUGE = 2**31 - 1

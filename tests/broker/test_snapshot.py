@@ -135,7 +135,7 @@ def test_a_recall_is_still_looked_after_and_classes_are_kept() -> None:
     rig.submit(3, 1, priority=INTERACTIVE, model=1)
     rig.turn()
     rig.die()
-    assert rig.twin.urgent == 1
+    assert rig.twin.books.urgent == 1
     (overdue, evict) = rig.turn(RECALL_NS)
     assert isinstance(overdue, e.Overdue)
     assert isinstance(evict, e.Evict)
