@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -41,7 +42,7 @@ def shared_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartedPoo
 
 @pytest.fixture
 def pool(shared_pool: StartedPool) -> Iterator[StartedPool]:
-    """The shared pool; a test must leave all of its slots free, and its processes alive."""
+    """The shared pool; a test must leave all of its slots free, and its processes alive: `small` is for the others."""
     processes = shared_pool.broker, shared_pool.worker
     yield shared_pool
     shared_pool.check_at_rest()
@@ -66,6 +67,18 @@ def negate(tmp_path: Path) -> Path:
 def run_dir(tmp_path: Path) -> Path:
     """A run directory, which is not there yet."""
     return tmp_path / "run"
+
+
+@pytest.fixture
+def small(negate: Path, run_dir: Path) -> Iterator[StartedPool]:
+    """A pool of its own, at rest in the end, which then ends well unless the test ended it."""
+    with StartedPool(negate, run_dir=run_dir, max_batch=2, slots=16) as pool:
+        yield pool
+        if pool.popen.poll() is None:
+            pool.check_at_rest()
+            pool.kill(signal.SIGTERM)
+            assert pool.wait() == 0
+    assert not run_dir.exists()
 
 
 WORKER_HOOK = """

@@ -312,25 +312,26 @@ def test_a_worker_is_replaced_though_clients_hold_all_descriptors(negate, run_di
         assert pool.wait() == 0
 
 
-def test_a_worker_is_replaced_though_kept_clients_hold_all_descriptors_of_the_supervisor(pool, client):
-    with contextlib.ExitStack() as stack, descriptors_left(pool.pid, 0), pool.stopped_worker() as worker:
+def test_a_worker_is_replaced_though_kept_clients_hold_all_descriptors_of_the_supervisor(small):
+    with small.connect() as client, descriptors_left(small.pid, 0), small.stopped_worker() as worker:
         work = hold(client, [1, 2])
-        stack.enter_context(contextlib.closing(lifeline.connect(pool.run_dir)))
-        pool.wait_for_line("a client could not be kept", 2)
-        os.kill(worker, signal.SIGKILL)
-        assert [answer(one) for one in work] == [-1, -2]
+        with contextlib.closing(lifeline.connect(small.run_dir)):
+            small.wait_for_line("a client could not be kept", 2)
+            os.kill(worker, signal.SIGKILL)
+            assert [answer(one) for one in work] == [-1, -2]
 
 
-def test_a_client_that_would_not_outlive_the_broker_is_refused(pool, client):
+def test_a_client_that_would_not_outlive_the_broker_is_refused(small):
     """The supervisor has no descriptors to keep it with; the broker has."""
-    with (
-        descriptors_left(pool.pid, 0),
-        pytest.raises(trtpool.AccessDenied, match=r"can take no more clients: .*raise its limit \(ulimit -n\)"),
-    ):
-        pool.connect()
-    with pool.connect() as other:
-        os.kill(pool.broker, signal.SIGKILL)
-        assert answer(submit(other, 2)) == -2
+    with small.connect():
+        with (
+            descriptors_left(small.pid, 0),
+            pytest.raises(trtpool.AccessDenied, match=r"can take no more clients: .*raise its limit \(ulimit -n\)"),
+        ):
+            small.connect()
+        with small.connect() as other:
+            os.kill(small.broker, signal.SIGKILL)
+            assert answer(submit(other, 2)) == -2
 
 
 def test_a_client_that_no_descriptor_is_left_for_is_told_so(pool, client):

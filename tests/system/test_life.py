@@ -118,15 +118,15 @@ def test_without_its_supervisor_a_pool_ends_and_another_can_follow(negate, run_d
     assert not run_dir.exists()
 
 
-def test_the_work_of_a_killed_worker_is_done_by_the_next(pool, client):
-    retries = figures(client).retries
-    with pool.stopped_worker() as worker:
-        work = hold(client, [1, 2, 3, 4, 5, 6])
-        os.kill(worker, signal.SIGKILL)
-        assert [answer(one) for one in work] == [-1, -2, -3, -4, -5, -6]
-    assert pool.worker != worker
-    assert figures(client).retries > retries
-    pool.wait_for_line("worker 1 ended: SIGKILL", 2)
+def test_the_work_of_a_killed_worker_is_done_by_the_next(small):
+    with small.connect() as client:
+        with small.stopped_worker() as worker:
+            work = hold(client, [1, 2, 3, 4, 5, 6])
+            os.kill(worker, signal.SIGKILL)
+            assert [answer(one) for one in work] == [-1, -2, -3, -4, -5, -6]
+        assert small.worker != worker
+        assert figures(client).retries > 0
+    small.wait_for_line("worker 1 ended: SIGKILL", 2)
 
 
 def test_a_worker_is_started_until_it_can_load(negate, run_dir, worker_does, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -176,18 +176,6 @@ def test_a_worker_at_each_moment_of_a_batch(
 
 
 # --- The broker ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def small(negate: Path, run_dir: Path) -> Iterator[StartedPool]:
-    """A pool of its own, at rest in the end, which then ends well unless the test ended it."""
-    with StartedPool(negate, run_dir=run_dir, max_batch=2, slots=16) as pool:
-        yield pool
-        if pool.popen.poll() is None:
-            pool.check_at_rest()
-            pool.kill(signal.SIGTERM)
-            assert pool.wait() == 0
-    assert not run_dir.exists()
 
 
 CONNECTS = """
