@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `status`, `stop`.
+"""The command line: `trtpool start`, `build`, `status`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -31,6 +31,7 @@ from trtpool.ipc.settings import (
 
 from . import supervisor
 from .cli_build import build, build_options
+from .doctor.cli import doctor
 from .gpus import gpu_list
 from .pool import make_settings
 from .users import user_ids
@@ -38,7 +39,7 @@ from .view import show_report
 
 _CODES: Final = (
     (0, "all went well; a pool drained and ended"),
-    (1, "a pool was stopped with work in flight, or a build was stopped"),
+    (1, "a pool was stopped with work in flight, a build was stopped, or the doctor found a problem"),
     (2, "the command line cannot be understood"),
     (errors.ConfigError.exit_code, "an option is not possible"),
     (errors.ModelError.exit_code, "a model file cannot be served as it is"),
@@ -131,6 +132,7 @@ def cli() -> None:
       trtpool start det=a.onnx cls=b.onnx --name ocr
       trtpool status --json
       trtpool stop --name ocr
+      trtpool doctor
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
 
 
@@ -337,6 +339,7 @@ def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
 
 
 cli.add_command(build)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -39,8 +39,11 @@ def describe() -> dict[str, GpuInfo | Refusal]:
         return {"refusal": Refusal(type(error).__name__, str(error))}
 
 
-def look() -> GpuInfo:
-    """The one GPU that this process sees.
+def look(number: int = 0) -> GpuInfo:
+    """A GPU that this process sees; mostly there is one.
+
+    Args:
+        number: as CUDA counts those that the process sees.
 
     Raises:
         MissingExtra: cuda-python is not installed.
@@ -58,15 +61,15 @@ def look() -> GpuInfo:
             if visible
             else "CUDA finds no GPU here; `nvidia-smi -L` lists those there are"
         )
-    _check(runtime, error)
-    properties = _value(runtime, runtime.cudaGetDeviceProperties(0))
+    check(runtime, error)
+    properties = _value(runtime, runtime.cudaGetDeviceProperties(number))
     name = _text(properties.name)
     # Its own words for it: a MIG instance's name is "NVIDIA A100-SXM4-40GB MIG 1g.5gb".
     kind = "MIG" if " MIG " in name else "GPU"
     return GpuInfo(
         name=name,
-        uuid=f"{kind}-{_uuid(runtime, driver)}",
-        pci_bus_id=_text(_value(runtime, runtime.cudaDeviceGetPCIBusId(32, 0))),
+        uuid=f"{kind}-{_uuid(runtime, driver, number)}",
+        pci_bus_id=_text(_value(runtime, runtime.cudaDeviceGetPCIBusId(32, number))),
         compute_capability=f"{properties.major}.{properties.minor}",
         memory_bytes=int(properties.totalGlobalMem),
         driver=_version(version),
@@ -87,20 +90,25 @@ def _insufficient(runtime: Any, version: int) -> str:
     )
 
 
-def _uuid(runtime: Any, driver: Any) -> uuid.UUID:
+def _uuid(runtime: Any, driver: Any, number: int) -> uuid.UUID:
     """That of the GPU, or of the MIG instance, for which the older call gives that of the whole GPU."""
     ask = getattr(driver, "cuDeviceGetUuid_v2", None) or driver.cuDeviceGetUuid  # one call from CUDA 13 on
-    return uuid.UUID(bytes=bytes(_value(runtime, ask(_value(runtime, driver.cuDeviceGet(0)))).bytes))
+    return uuid.UUID(bytes=bytes(_value(runtime, ask(_value(runtime, driver.cuDeviceGet(number)))).bytes))
 
 
 def _value(runtime: Any, answer: tuple[Any, Any]) -> Any:
     """The value of a call that succeeded, ``(error, value)``; driver and runtime have the same codes."""
     error, value = answer
-    _check(runtime, error)
+    check(runtime, error)
     return value
 
 
-def _check(runtime: Any, error: Any) -> None:
+def check(runtime: Any, error: Any) -> None:
+    """Raise what a call of the runtime's or the driver's answered, with what to do.
+
+    Raises:
+        DeviceUnavailable: it was an error.
+    """
     if int(error):
         what = _text(runtime.cudaGetErrorString(runtime.cudaError_t(int(error)))[1])
         remedy = _REMEDIES.get(int(error), "see nvidia-smi, and dmesg for lines with NVRM")

@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from trtpool.ipc.pci import sysfs_name
+
 
 def bind_to_gpu(pci_bus_id: str, sysfs: Path = Path("/sys")) -> frozenset[int] | None:
     """Keep this thread, and those that it starts from now on, on the CPUs near a GPU, of those that it may use.
@@ -32,7 +34,7 @@ def bind_to_gpu(pci_bus_id: str, sysfs: Path = Path("/sys")) -> frozenset[int] |
     try:
         if len(_numbers((sysfs / "devices/system/node/online").read_text())) < 2:
             return None
-        device = sysfs / "bus/pci/devices" / _sysfs_name(pci_bus_id)
+        device = sysfs / "bus/pci/devices" / sysfs_name(pci_bus_id)
         if int((device / "numa_node").read_text()) < 0:
             return None
         ours = os.sched_getaffinity(0)
@@ -43,12 +45,6 @@ def bind_to_gpu(pci_bus_id: str, sysfs: Path = Path("/sys")) -> frozenset[int] |
     except (OSError, ValueError):  # no sysfs as we know it, or a sandbox that forbids it: a worker runs anywhere too
         return None
     return frozenset(near)
-
-
-def _sysfs_name(pci_bus_id: str) -> str:
-    """``00000000:3B:00.0``, as NVIDIA's tools write it, is ``0000:3b:00.0`` in sysfs."""
-    domain, bus, rest = pci_bus_id.lower().split(":")
-    return f"{int(domain, 16):04x}:{bus}:{rest}"
 
 
 def _numbers(text: str) -> set[int]:

@@ -1,7 +1,7 @@
 """A `cuda` package for children: `make(folder)` writes it, and `$FAKE_CUDA` says what machine it shows.
 
-It has the calls that `trtpool.workers.devices` makes, which answer as those of cuda-python do: a tuple of the error,
-an enum, and the value; text as bytes.
+It has the calls that `trtpool.workers.devices` and `probe` make, which answer as those of cuda-python do: a tuple of
+the error, an enum, and the value; text as bytes.
 """
 
 from __future__ import annotations
@@ -66,6 +66,31 @@ def cudaGetDeviceProperties(device):
 
 def cudaDeviceGetPCIBusId(length, device):
     return answer(gpu_bus().ljust(length, b"\\0"))
+
+
+cudaHostRegisterPortable, cudaHostRegisterMapped = 1, 2
+
+
+def cudaSetDevice(device):
+    assert device == 0
+    return (cudaError_t(0),)
+
+
+def cudaMemGetInfo():
+    return cudaError_t(0), 7 << 30, 8 << 30
+
+
+def cudaHostRegister(address, size, flags):
+    assert address and size and flags == 3
+    return (cudaError_t(machine["gpus"][visible].get("register_error", 0)),)
+
+
+def cudaHostUnregister(address):
+    return (cudaError_t(0),)
+
+
+def cudaGetLastError():
+    return (cudaError_t(0),)
 
 
 def gpu_bus():
