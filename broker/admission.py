@@ -217,7 +217,10 @@ class Admission:
         if worker is not None:
             self._ledger.join_worker(number, peer.pid, worker, time.monotonic_ns())
             peer.mail = self._ledger.mail[number]
-        log.debug("peer %d is process %d%s", number, peer.pid, "" if worker is None else f", worker {worker}")
+        log.info(
+            "peer %d is process %d%s", number, peer.pid, "" if worker is None else f", worker {worker}",
+            extra={"peer": number, "peer_pid": peer.pid},
+        )  # fmt: skip
 
     def close(self) -> None:
         """Drop those who were not let in."""

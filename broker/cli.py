@@ -31,6 +31,7 @@ from trtpool.ipc.settings import (
 
 from . import supervisor
 from .cli_build import build, build_options
+from .cli_logs import log_options
 from .doctor.cli import doctor
 from .gpus import gpu_list
 from .pool import make_settings
@@ -233,6 +234,7 @@ def cli() -> None:
     is_flag=True,
     help="Spin instead of sleeping: lower latency, for a whole CPU each for broker, workers and clients that wait.",
 )
+@log_options
 def start(
     *,
     models: tuple[str, ...],

@@ -175,6 +175,7 @@ class Crew:
                 place.kill(message.text)
             else:
                 place.ready, place.failures = True, 0
+                log.info("%s is ready (worker %d)", place.name, place.number, extra={"worker": place.number})
 
     # ------------------------------------------------------------------ ends
 
@@ -209,7 +210,7 @@ class Crew:
         place.failures += not place.ready
         place.start_at = time.monotonic() + (pause if place.failures else 0)
         why = f"{place.said} ({how})" if place.said else how
-        log.error("%s ended: %s; another is started", place.name, why)
+        log.error("%s ended: %s; another is started", place.name, why, extra={"worker": place.number})
 
     def close(self) -> None:
         """Close what was kept for another broker."""

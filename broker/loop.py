@@ -42,6 +42,7 @@ from .outboxes import Outboxes
 from .peers import Peer, Peers
 from .router import Router
 from .takeover import TakeOver
+from .trail import FollowedCore
 from .turn_end import TurnEnd
 
 log = logging.getLogger("trtpool.broker")
@@ -78,7 +79,9 @@ class Loop:
 
     def __init__(self, config: BrokerConfig) -> None:
         self._config = config
-        self._core = _core(config)
+        self._core = core = _core(config)
+        if isinstance(core, FollowedCore):
+            core.silent = config.takes_over
         table_fd = -1 if config.table_fd is None else config.table_fd
         self._journal = Journal(table_fd, journal_bytes(config.layout))
         self._ledger = ledger = Ledger(self._core, self._journal)
@@ -101,6 +104,8 @@ class Loop:
         """Serve."""
         if self._config.takes_over:
             self._take_over()
+            if isinstance(self._core, FollowedCore):
+                self._core.silent = False
         self._control.tell(c.BrokerReady())
         while not self._turn_end.drained or self._stays():
             self.turn()
@@ -290,8 +295,9 @@ class Loop:
 
 
 def _core(config: BrokerConfig) -> Core:
-    """A new core for what is to be served."""
-    return Core(
+    """A new core for what is to be served; where all is logged, one that says what becomes of it."""
+    kind = FollowedCore if log.isEnabledFor(logging.DEBUG) else Core
+    return kind(
         config.layout.models,
         max_slots_per_producer=config.max_slots_per_producer,
         max_delay_us=config.max_delay_us,

@@ -144,7 +144,7 @@ class Peers:
         """The pidfd of a client has something to say."""
         if not has_ended(peer.pidfd):
             return
-        log.debug("peer %d: process %d ended", peer.number, peer.pid)
+        log.info("peer %d: process %d ended", peer.number, peer.pid, extra={"peer": peer.number, "peer_pid": peer.pid})
         self.cut_off(peer)
         if peer.number in self.of:
             self._ledger.decide(e.ProducerEnded(peer.number), time.monotonic_ns())

@@ -123,6 +123,7 @@ class Supervisor:
         self._wait_for(lambda: self._crew.ready)
         self._serving = True
         self._warn_of_spinning()
+        log.info("pool %r is ready in %s", settings.name, run_dir.path)
         self._announce(Started(settings.name, run_dir.path, config.layout, len(self._crew.places), gpus))
 
     def _warn_of_spinning(self) -> None:
@@ -222,6 +223,7 @@ class Supervisor:
     def _drain(self) -> int:
         """Finish what is in flight, then end the children; a second signal, or the time-out, stops at once."""
         self._draining = True
+        log.info("the pool drains")
         self._link.tell(c.DrainNow())
         deadline = time.monotonic() + self._settings.drain_timeout_s
         while not self._succession.drained:

@@ -144,13 +144,15 @@ class WorkError(TrtpoolError):
 
     Attributes:
         slots: the rows of the submission that failed, as a range counted from its first slot.
+        work_id: what logs call the submission, such as "12.3".
     """
 
     exit_code = 20
 
-    def __init__(self, text: str, slots: range = range(1)) -> None:
+    def __init__(self, text: str, slots: range = range(1), work_id: str = "") -> None:
         super().__init__(text)
         self.slots = slots
+        self.work_id = work_id
 
 
 class DeadlineExceeded(WorkError):

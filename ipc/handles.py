@@ -29,6 +29,7 @@ import numpy.typing as npt
 from . import messages as m
 from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, SpentHandle, WorkerDied, WorkError
 from .layout import ModelLayout, Plane
+from .logs import work_id
 from .settings import BULK, Priority
 
 if TYPE_CHECKING:
@@ -395,6 +396,11 @@ class Submitted(Future[Result]):
         self.failure: BaseException | None = None
         self.sleepers: list[Sleeper] = []
 
+    @property
+    def work_id(self) -> str:
+        """What the logs of pool, worker and client call it, such as "12.3"; see docs/operations.md."""
+        return work_id(self.claim.lease_id, self.seq)
+
     # ------------------------------------------------------------------ for the client, under its lock
 
     def take(self, done: m.Done) -> bool:
@@ -407,7 +413,7 @@ class Submitted(Future[Result]):
         else:
             kind = _WORK_ERRORS.get(done.status, WorkError)
             for slot in range(at, at + done.count):
-                self.errors[slot] = kind(done.text, range(at, at + done.count))
+                self.errors[slot] = kind(done.text, range(at, at + done.count), self.work_id)
         self._left -= done.count
         return self._left <= 0
 

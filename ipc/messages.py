@@ -48,6 +48,9 @@ Class = Annotated[int, msgspec.Meta(ge=BULK, le=INTERACTIVE)]
 MAX_MESSAGES: Final = 4096
 """Most messages in one frame."""
 
+MAX_NAMED: Final = 512
+"""Most works that a Run names, so that it fits in a frame."""
+
 # How a slot's work ended.
 OK: Final = 0
 DEADLINE: Final = 1
@@ -203,13 +206,15 @@ class Rows(_Message, frozen=True):
 class Run(_Message, frozen=True, tag=11):
     """A batch for a worker, or several, which it cuts itself.
 
-    `attempt` counts from 0 over all workers that got these rows.
+    `attempt` counts from 0 over all workers that got these rows.  `works` names what is in it, the first `MAX_NAMED`,
+    if each work is logged; see `logs.work_id`.
     """
 
     batch: U63
     attempt: U31
     model: U31
     rows: Annotated[list[Rows], msgspec.Meta(min_length=1)]
+    works: Annotated[list[str], msgspec.Meta(max_length=MAX_NAMED)] = []
 
 
 class Finished(_Message, frozen=True, tag=12):

@@ -8,6 +8,7 @@ to a deque and try to take the lock; if it is taken, its holder sees to it when 
 from __future__ import annotations
 
 import atexit
+import logging
 import operator
 import os
 import threading
@@ -29,6 +30,8 @@ from .lifeline import connect as connect_lifeline
 from .link import LINGER_MS, TRANSPORTS, Attendant
 from .settings import BULK, PRIORITIES
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
+
+log = logging.getLogger("trtpool.client")
 
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
@@ -425,6 +428,11 @@ class Session:
             claim.state = SUBMITTED
             self._pending[seq] = submitted
             self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug(
+                "work %s submitted: %d items in %d slots", submitted.work_id, given, claim.count,
+                extra={"work": submitted.work_id},
+            )  # fmt: skip
         return submitted
 
     def cancel(self, claim: Claim) -> None:
@@ -689,6 +697,9 @@ class Session:
 
     def _finish_work(self, submitted: Submitted) -> None:
         claim = submitted.claim
+        if log.isEnabledFor(logging.DEBUG):
+            how = next(iter(submitted.errors.values()), "done")
+            log.debug("work %s ended: %s", submitted.work_id, how, extra={"work": submitted.work_id})
         del self._pending[submitted.seq]
         claim.state = DONE
         self._driver.finish(submitted)

@@ -13,7 +13,7 @@ import msgspec
 from .errors import ConfigError
 from .layout import Layout
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 """Rises with every change to a message, to the description or to the order they come in."""
 
 TOKEN_BYTES: Final = 40

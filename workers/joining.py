@@ -8,7 +8,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.arena import Residence, map_segment
@@ -103,6 +103,8 @@ class Inbox:
             for message in messages:
                 if type(message) is m.Run:
                     self._check(message)
+                    if message.works:  # the broker names them where each is to be logged
+                        _note(message, "received")
                     runs.append(message)
                 elif isinstance(message, m.Error):
                     raise ProtocolError(f"the broker refused a message: {message.text}")
@@ -152,6 +154,9 @@ class Job:
             times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
             if self._left:
                 return None
+        if run.works:
+            took_ms = (times.copy_in_ns + times.compute_ns + times.copy_out_ns) / 1e6
+            _note(run, f"ended after {took_ms:.3f} ms")
         return m.Finished(
             run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items, batches
         )
@@ -177,6 +182,15 @@ def cut(rows: Sequence[m.Rows], max_batch: int, items_per_slot: int) -> list[Seq
         room -= items
     batches.append(batch)
     return batches
+
+
+def ids(run: m.Run) -> dict[str, Any]:
+    """What a line about a Run has as its fields."""
+    return {"batch": run.batch, "attempt": run.attempt, "works": run.works}
+
+
+def _note(run: m.Run, what: str) -> None:
+    log.debug("batch %d, attempt %d, %s: work %s", run.batch, run.attempt, what, ", ".join(run.works), extra=ids(run))
 
 
 def join(config: WorkerConfig) -> Joined:

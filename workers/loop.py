@@ -10,7 +10,7 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError
-from .joining import MAX_TEXT, Inbox, Job, Joined
+from .joining import MAX_TEXT, Inbox, Job, Joined, ids
 
 log = logging.getLogger("trtpool.worker")
 
@@ -54,7 +54,7 @@ class WorkerLoop:
             for rows in job.batches:
                 answer = job.finish(self._engines[run.model].run(rows))
         except EngineError as error:
-            log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error)
+            log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error, extra=ids(run))
             return m.Failed(run.batch, run.attempt, str(error)[:MAX_TEXT])
         assert answer is not None
         return answer

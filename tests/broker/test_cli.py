@@ -133,6 +133,16 @@ def test_every_option_for_gpus_reaches_the_settings(run, started, model, tmp_pat
     assert settings.engine == EngineSettings(device="gpu", lanes=5, flavour="rtx", graphs=False, host_code=True)
 
 
+def test_how_to_log_is_passed_on_to_children(run, started, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRTPOOL_LOG", "error")  # which is put back at the end
+    monkeypatch.setenv("TRTPOOL_LOG_FORMAT", "text")
+    assert run("start", model, "--run-dir", tmp_path, "--log-level=debug") == 0
+    assert (os.environ["TRTPOOL_LOG"], os.environ["TRTPOOL_LOG_FORMAT"]) == ("debug", "text")
+    assert run("start", model, "--run-dir", tmp_path, "--log-format=json") == 0
+    assert (os.environ["TRTPOOL_LOG"], os.environ["TRTPOOL_LOG_FORMAT"]) == ("debug", "json")
+    assert run("start", model, "--log-level=loud") == 2
+
+
 def test_gpus_alone_imply_the_device(run, started, model, tmp_path):
     assert run("start", model, "--run-dir", tmp_path, "--gpus=0", "--device=gpu") == 0
     assert run("start", model, "--run-dir", tmp_path, "--gpus=0") == 0

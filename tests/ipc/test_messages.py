@@ -31,6 +31,7 @@ FIELDS = {
     "deadline_ns": st.none() | u63,
     "leases": st.lists(st.tuples(u63, st.builds(m.SlotRun, u31, u31, count)), min_size=1, max_size=20),
     "rows": st.lists(st.builds(m.Rows, u31, u31, count, count), min_size=1, max_size=20),
+    "works": st.lists(text, max_size=20),
     "lanes": st.integers(1, 64),
     "batches": count,
     "count": count,
