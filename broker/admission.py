@@ -136,8 +136,11 @@ class Admission:
             pidfd = peer_pidfd(sock)
         except ProcessLookupError:
             raise
-        except OSError as error:  # the connection took the last descriptor
-            self._deny_for_want_of_descriptors(sock, error.strerror)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the connection took the last descriptor
+                self._deny_for_want_of_descriptors(sock, error.strerror)
+            else:
+                self._deny_whom_we_cannot_watch(sock, error.strerror)
             raise
         peer = self._peers.new(sock, pidfd, who.pid, None)
         if not self._kept:
@@ -160,6 +163,15 @@ class Admission:
         )
         lifeline.send_packet(sock, lifeline.Denial(text))
         sock.close()
+
+    def _deny_whom_we_cannot_watch(self, sock: socket.socket, why: str | None) -> None:
+        """Its slots would never come back."""
+        text = (
+            f"pool {self._config.name!r} cannot watch your process ({why}), which is perhaps in another pid namespace: "
+            "share that of the pool (docker run --pid=container:POOL, Kubernetes: shareProcessNamespace), or use Linux "
+            "6.5 or newer; `trtpool doctor` beside the pool says what is missing"
+        )
+        lifeline.send_packet(sock, lifeline.Denial(text))
 
     def _deny_for_want_of_descriptors(self, sock: socket.socket, why: str | None) -> None:
         text = f"pool {self._config.name!r} can take no more clients: {why}; raise its limit (ulimit -n)"

@@ -137,7 +137,7 @@ class TurnEnd:
     def _evict(self, evict: e.Evict) -> None:
         """Kill the process of a client; its slots come back as after any end of a producer."""
         peer = self._peers.of.get(evict.peer)
-        if peer is None or peer.pid == self._owner_pid:  # it left meanwhile; or all would end with it
+        if peer is None or (peer.pid and peer.pid == self._owner_pid):  # it left meanwhile; or all would end with it
             return
         try:
             signal.pidfd_send_signal(peer.pidfd, signal.SIGKILL)
@@ -145,5 +145,10 @@ class TurnEnd:
             log.info("process %d had ended before it was evicted", peer.pid)
         except PermissionError:
             log.warning("process %d is another user's and cannot be killed; end it: %s", peer.pid, evict.text)
+        except OSError as error:  # pidfd_send_signal(2): it is in a pid namespace that is not below ours
+            log.warning(
+                "peer %d is in another container and cannot be killed from here (%s); end it there: %s",
+                peer.number, error.strerror, evict.text,
+            )  # fmt: skip
         else:
             log.warning("process %d was killed (--evict): %s", peer.pid, evict.text)

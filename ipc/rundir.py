@@ -3,7 +3,7 @@
 ::
 
     RUN_DIR/          0700, ours                0711 where other users are allowed
-        lock          0600                      0600    flock held by the supervisor while it lives; holds its pid
+        lock          0600                      0600    flock held by the supervisor while it lives; see `holder`
         lifeline      0600                      0666    AF_UNIX SOCK_SEQPACKET
         zmq-EPOCH     0600                      0666    the broker's ROUTER, ipc://
 
@@ -23,6 +23,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
+from . import holder
 from .errors import NameInUse, PoolNotFound, RunDirError
 from .process import wait_ended
 
@@ -215,7 +216,7 @@ class RunDir:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise NameInUse(
-                    f"a pool runs in {path} already (pid {_read_pid(fd)}); stop it with `trtpool stop`, "
+                    f"a pool runs in {path} already (pid {holder.pid_of(fd)}); stop it with `trtpool stop`, "
                     "or start this one with another --name"
                 ) from None
             removed = not os.fstat(fd).st_nlink  # by its last holder, after we opened it
@@ -275,7 +276,7 @@ def _write_pid(fd: int, path: Path) -> None:
     """Say in a lock whose it is."""
     os.ftruncate(fd, 0)  # first, so that nobody takes a dead pool's pid for ours
     try:
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        holder.say(fd)
     except OSError as error:
         with contextlib.suppress(OSError):  # nobody's, so that no other pool trips over it
             (path / LOCK).unlink()
@@ -285,19 +286,12 @@ def _write_pid(fd: int, path: Path) -> None:
         ) from error
 
 
-def _read_pid(fd: int) -> int:
-    try:
-        return int(os.pread(fd, 32, 0))
-    except ValueError:
-        return 0
-
-
 def running_supervisor(path: Path) -> int:
     """A pidfd of the supervisor whose pool runs in `path`.
 
     Raises:
         PoolNotFound: none does.
-        RunDirError: the directory is not ours.
+        RunDirError: the directory is not ours, or the pool is in another pid namespace.
     """
     missing = PoolNotFound(f"no pool runs in {path}; start one with `trtpool start`")
     if not path.exists():
@@ -310,9 +304,10 @@ def running_supervisor(path: Path) -> int:
             raise missing from None
         raise RunDirError(f"the lock {path / LOCK} cannot be opened: {error.strerror}") from error
     try:
-        pid = _read_pid(fd)
+        pid = holder.pid_of(fd)
+        elsewhere = holder.is_elsewhere(fd)
         try:
-            pidfd = os.pidfd_open(pid) if pid else -1
+            pidfd = os.pidfd_open(pid) if pid and not elsewhere else -1
         except ProcessLookupError:
             pidfd = -1
         # The lock is tried after the pidfd is open: still held and the same pid written, so it is the holder's.
@@ -321,10 +316,15 @@ def running_supervisor(path: Path) -> int:
             held = False
         except BlockingIOError:
             held = True
-        if held and pidfd >= 0 and _read_pid(fd) == pid:
+        if held and pidfd >= 0 and holder.pid_of(fd) == pid:
             return pidfd
         if pidfd >= 0:
             os.close(pidfd)
+        if held and elsewhere:
+            raise RunDirError(
+                f"the pool in {path} runs in another container, so it cannot be signalled from here; run this there "
+                "(docker exec, kubectl exec), or stop that container"
+            )
         raise missing
     finally:
         os.close(fd)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from trtpool.ipc import rundir
+from trtpool.ipc import holder, rundir
 from trtpool.ipc.errors import NameInUse, RunDirError
 
 from .finding import Finding, Host
@@ -52,12 +52,12 @@ def look(host: Host, run_dirs: Iterable[Path], *, fix: bool = False) -> Iterator
     """Pools that run, and what is left of others, which with `fix` is removed."""
     found = False
     for path in run_dirs:
-        holder = _holder(path)
-        if holder is None:
+        owner = _holder(path)
+        if owner is None:
             continue
         found = True
-        if holder:
-            yield Finding("pools", "ok", f"a pool runs in {path} (pid {holder})")
+        if owner:
+            yield Finding("pools", "ok", f"a pool runs in {path} (pid {owner})")
         elif not fix:
             yield Finding("leftovers", "warning", f"{path} is left over from a pool that was killed", REMEDY)
         else:
@@ -93,9 +93,7 @@ def _holder(path: Path) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        with contextlib.suppress(ValueError):
-            return int(os.pread(fd, 32, 0))
-        return -1
+        return holder.pid_of(fd) or -1
     else:
         return 0
     finally:

@@ -390,7 +390,7 @@ def test_a_claim_is_private_and_says_who(base):
     assert claimed.path == base / "pool"
     assert claimed.path.stat().st_mode & 0o777 == 0o700
     assert (claimed.path / LOCK).stat().st_mode & 0o777 == 0o600
-    assert (claimed.path / LOCK).read_text() == f"{os.getpid()}\n"
+    assert (claimed.path / LOCK).read_text().split()[0] == str(os.getpid())
     put_socket(claimed.path / LIFELINE)
     claimed.release()
     assert not claimed.path.exists()
@@ -415,7 +415,7 @@ def test_two_pools_cannot_have_one_directory(base):
         with pytest.raises(NameInUse, match=rf"\(pid {child.pid}\); stop it with `trtpool stop`"):
             RunDir.claim(base / "pool")
         assert descriptors() == before
-        assert (base / "pool" / LOCK).read_text() == f"{child.pid}\n"
+        assert (base / "pool" / LOCK).read_text().split()[0] == str(child.pid)
 
 
 def test_what_a_killed_pool_left_is_removed_and_what_others_put_there_is_kept(base):
@@ -432,7 +432,7 @@ def test_what_a_killed_pool_left_is_removed_and_what_others_put_there_is_kept(ba
     claimed = RunDir.claim(path)
     kept = {"theirs.sock", f"{ZMQ_PREFIX}notes", "notes"}
     assert {entry.name for entry in path.iterdir()} == {LOCK, *kept}
-    assert (path / LOCK).read_text() == f"{os.getpid()}\n"
+    assert (path / LOCK).read_text().split()[0] == str(os.getpid())
     claimed.release()
     assert {entry.name for entry in path.iterdir()} == kept
 
@@ -548,8 +548,23 @@ def test_a_lock_that_is_held_by_one_who_has_not_said_who_it_is_yet(base, monkeyp
 
     monkeypatch.setattr(rundir, "_remove_leftovers", look)
     claimed = RunDir.claim(path)
-    assert seen == [f"{os.getpid()}\n"], "said before anything else is done"
+    assert [text.split()[0] for text in seen] == [str(os.getpid())], "said before anything else is done"
     claimed.release()
+
+
+def test_a_pool_of_another_container_is_not_taken_for_a_process_of_this_one(base, monkeypatch):
+    """Its pid is a number of another pid namespace."""
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda *_: pytest.fail("a signal to a stranger"))
+    claimed = RunDir.claim(base / "pool")
+    (claimed.path / LOCK).write_text(f"{os.getpid()} pid:[1]\n")
+    before = descriptors()
+    for call in (running_supervisor, lambda path: stop(path, 0)):
+        with pytest.raises(RunDirError, match="runs in another container"):
+            call(claimed.path)
+    assert descriptors() == before
+    claimed.release()
+    with pytest.raises(PoolNotFound):
+        running_supervisor(base / "pool")
 
 
 @pytest.mark.parametrize("make", [a_link, a_file, open_to_others])
