@@ -253,6 +253,31 @@ def test_a_client_that_cannot_be_evicted_from_here_is_reported_and_ends_no_broke
     assert "another takes over" not in pool.log
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o777])
+def test_the_producer_of_the_examples_in_a_volume_as_kubernetes_makes_them(mode, place):
+    """An emptyDir is open to all; docs/deploy/kubernetes.yaml makes it sticky first, and start refuses it otherwise."""
+    volume = place / "volume"
+    volume.mkdir()
+    volume.chmod(mode)
+    model = save(NEGATE, place, "negate")
+    where = {"TRTPOOL_RUN_DIR": str(volume / "pool")}
+    with Container(*CLI, "start", model, env=where) as pool:
+        if mode == 0o777:
+            assert f"could be exchanged by others, since {volume} has mode 0777" in pool.rest(2)
+            assert pool.wait() == trtpool.RunDirError.exit_code
+            return
+        pool.wait_for_line("ready:")
+        example = Path(__file__).parents[2] / "docs" / "deploy" / "producer.py"
+        with Container(sys.executable, example, "--items=100", env=where) as one:
+            assert one.succeed().splitlines()[-1] == "100 items came back, the end"
+        with Container(sys.executable, example, env=where) as endless:
+            assert "attached to pool 'default', ['negate']" in endless.line()
+            os.kill(endless.host_pid, signal.SIGTERM)
+            assert endless.succeed().endswith("items came back, the end\n")
+        os.kill(pool.host_pid, signal.SIGTERM)
+        assert pool.succeed() == ""
+
+
 def test_without_peer_pidfds_whoever_cannot_be_watched_is_told_why(place, tmp_path):
     """As on kernels before 6.5: a process in another pid namespace has no pid here by which to watch it."""
     hook = "import sys\nif sys.orig_argv[-1] == 'trtpool.broker':\n    from trtpool.ipc import process\n"
