@@ -247,6 +247,19 @@ def test_a_real_child_is_asked(tmp_path, monkeypatch):
     assert (gpu.gpu.name, gpu.gpu.driver, gpu.free_bytes, gpu.pin_error) == (fake.gpu(0)["name"], (12, 9), 7 << 30, "")
 
 
+@pytest.mark.gpu
+@pytest.mark.system
+def test_the_real_gpu(monkeypatch):
+    pytest.importorskip("cuda.bindings.runtime")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = ask()
+    assert found.gpus
+    assert (found.refusals, found.died) == ([], ("", ""))
+    told = list(gpus.look(Host(), found))
+    assert [one.text for one in told if one.status == "problem"] == []
+    assert [one.check for one in told][:2] == ["driver", "gpu"]
+
+
 @pytest.mark.system
 def test_a_child_that_crashes_says_where(tmp_path, monkeypatch):
     (tmp_path / "onnx.py").write_text("import os\nos.abort()\n")
