@@ -57,7 +57,7 @@ def look(host: Host, run_dirs: Iterable[Path], *, fix: bool = False) -> Iterator
             continue
         found = True
         if owner:
-            yield Finding("pools", "ok", f"a pool runs in {path} (pid {owner})")
+            yield Finding("pools", "ok", f"a pool runs in {path} ({owner})")
         elif not fix:
             yield Finding("leftovers", "warning", f"{path} is left over from a pool that was killed", REMEDY)
         else:
@@ -78,24 +78,24 @@ def look(host: Host, run_dirs: Iterable[Path], *, fix: bool = False) -> Iterator
         yield Finding("leftovers", "ok", "no pool runs here as this user, and nothing is left of any")
 
 
-def _holder(path: Path) -> int | None:
-    """The pid of the pool that runs in a directory; 0: none does, and one did; None: it is no run directory of ours.
-
-    A pool that is just starting, and has not written its pid, is -1.
-    """
+def _holder(path: Path) -> str | None:
+    """Who the pool is that runs in a directory; "": none does, and one did; None: it is no run directory of ours."""
     try:
         info = path.lstat()
         if info.st_uid != os.getuid() or not stat.S_ISDIR(info.st_mode):
             return None
         fd = os.open(path / rundir.LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:  # without a lock it was killed while it removed its directory
-        return 0 if (path / rundir.LIFELINE).is_socket() else None
+        return "" if (path / rundir.LIFELINE).is_socket() else None
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return holder.pid_of(fd) or -1
+        pid = holder.pid_of(fd)
+        if not pid:  # it has not written it yet
+            return "just starting"
+        return f"pid {pid} of another container" if holder.is_elsewhere(fd) else f"pid {pid}"
     else:
-        return 0
+        return ""
     finally:
         os.close(fd)
 

@@ -42,7 +42,7 @@ def look(answer: Answer) -> Iterator[Finding]:
     for name, package in _PACKAGES.items():
         found = answer.packages.get(name)
         if found is not None:
-            yield _judge(package, found, has_gpu=bool(answer.gpus))
+            yield _judge(package, found)
     what, how = answer.died
     if what and what != "gpus":
         title = _PACKAGES[what].title if what in _PACKAGES else what
@@ -53,7 +53,7 @@ def look(answer: Answer) -> Iterator[Finding]:
     yield from _engines(answer)
 
 
-def _judge(package: _Package, found: PackageFound, *, has_gpu: bool) -> Finding:
+def _judge(package: _Package, found: PackageFound) -> Finding:
     install = f"pip install 'trtpool[{package.extra}]'"
     if found.version:
         return Finding("packages", "ok", f"{package.title} {found.version} {package.purpose}")
@@ -62,8 +62,6 @@ def _judge(package: _Package, found: PackageFound, *, has_gpu: bool) -> Finding:
             "packages", "warning", f"{package.title} is there and cannot be imported: {found.error}",
             f"{install}, or remove what is there",
         )  # fmt: skip
-    if has_gpu and package.extra == "cu13":
-        return Finding("packages", "problem", "cuda-python is not installed, and no GPU can be used without", install)
     return Finding("packages", "ok", f"{package.title} is not installed; it {package.purpose}: {install}")
 
 

@@ -91,9 +91,19 @@ def test_a_pool_that_runs_is_left_alone(root, tmp_path):
         assert (root / "ocr" / rundir.LOCK).exists()
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"), [("", "just starting"), ("12 pid:[1]\n", "pid 12 of another container"), ("12\n", "pid 12")]
+)
+def test_a_pool_is_told_as_far_as_it_says_who_it_is(said, shown, root, tmp_path):
+    with pool_in(root / "ocr"):
+        (root / "ocr" / rundir.LOCK).write_text(said)
+        (found,) = look([root / "ocr"], tmp_path)
+        assert (found.check, found.text) == ("pools", f"a pool runs in {root / 'ocr'} ({shown})")
+
+
 def test_a_pool_that_starts_meanwhile_is_left_alone(root, tmp_path, monkeypatch):
     kill_pool_in(root / "ocr")
-    monkeypatch.setattr(leftovers, "_holder", lambda _: 0)  # as it was a moment ago
+    monkeypatch.setattr(leftovers, "_holder", lambda _: "")  # as it was a moment ago
     with pool_in(root / "ocr"):
         (found,) = look([root / "ocr"], tmp_path, fix=True)
         assert found.text == f"a pool has just started in {root / 'ocr'}"

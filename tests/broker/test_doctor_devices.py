@@ -163,6 +163,14 @@ def test_a_gpu_that_was_given_and_cannot_be_used_is_a_problem(host):
     assert found == Finding("cuda", "problem", "CUDA cannot use the GPU (error 802)", "start nvidia-fabricmanager")
 
 
+def test_a_gpu_without_cuda_python_is_a_problem_with_what_to_install(host):
+    missing = GpusRefused(
+        "MissingExtra", "cuda-python cannot be imported (no); install it: pip install 'trtpool[cu13]'"
+    )
+    (found,) = told(gpus.look(host(), answer("tensorrt", refusals=[missing])), "cuda")
+    assert (found.status, found.remedy) == ("problem", "install it: pip install 'trtpool[cu13]'")
+
+
 def test_a_crash_in_the_driver_is_told(host):
     (found,) = told(gpus.look(host(), answer(died=("gpus", "SIGSEGV"))), "cuda")
     assert (found.status, "SIGSEGV" in found.text) == ("problem", True)
