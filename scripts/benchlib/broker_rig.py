@@ -72,6 +72,8 @@ class Case:
         run: slots of each.
         items_per_slot: items in each slot, all of them full.
         lanes, max_batch: the worker's.
+        apart: peers answer one after the other, each before the next turn, and clients say each run in a frame of its
+            own, as those do who wait for each of their runs; else all answer before each turn, in a frame each.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Case:
     items_per_slot: int = 1
     lanes: int = 3
     max_batch: int = 256
+    apart: bool = False
 
     @property
     def slots(self) -> int:
@@ -174,8 +177,20 @@ class Client:
             while self._owed >= self._case.run:
                 self._owed -= self._case.run
                 said.append(self._lease())
-        if said:
+        if self._case.apart:
+            self._send_apart(said)
+        elif said:
             self._end.send(said)
+
+    def _send_apart(self, said: list[m.ToBroker]) -> None:
+        """A result's release and the next submission, or request, in a frame for each of these."""
+        releases = [one for one in said if type(one) is m.Release]
+        for one in said:
+            if type(one) is not m.Release:
+                self._end.send([*releases[:1], one])
+                del releases[:1]
+        if releases:
+            self._end.send(releases)
 
     def _submit(self, lease_id: int, count: int) -> m.Submit:
         self._seq += 1
@@ -307,15 +322,18 @@ class Rig:
                 lifeline.send_packet(self._control, answer(message.peer))
 
     def step(self, run_turn: Callable[[Loop], None] = turn) -> bool:
-        """All peers answer what they have got, and the loop has its turn; False if it had nothing to do."""
-        for client in self._clients:
-            client.step()
-        if self._worker is not None:
-            self._worker.step()
-        if not is_ready(self.loop):
-            return False
-        run_turn(self.loop)
-        return True
+        """All peers answer what they have got, and the loop has its turn; False if it had nothing to do.
+
+        Those of a case in which they are apart have a turn for each that said something.
+        """
+        had_turn = False
+        peers = [*self._clients, *([] if self._worker is None else [self._worker])]
+        for peer in peers:
+            peer.step()
+            if (self.case.apart or peer is peers[-1]) and is_ready(self.loop):
+                run_turn(self.loop)
+                had_turn = True
+        return had_turn
 
     def restart_count(self) -> Traffic:
         """What was counted so far; from now on it is counted from 0."""
