@@ -15,7 +15,7 @@ from .batching import Work, rows_of, take_both
 from .books import Books
 from .hangs import Hangs
 from .records import OVERTAKES, Batch, Line, Worker
-from .slots import Event, move
+from .slots import DISPATCH, move
 from .timers import Timers
 from .works import Works
 
@@ -241,7 +241,7 @@ class Dispatch:
     def _run(self, worker: Worker, line: Line, works: list[Work], attempt: int, *, alone: bool) -> None:
         books, model = self._books, line.model
         for work in works:
-            move(work.lease.states, Event.DISPATCH, work.at, work.count)
+            move(work.lease.states, DISPATCH, work.at, work.count)
         rows = rows_of(works, model.items_per_slot, model.layout.segment)
         batch = Batch(self.next_batch, line, works, len(rows), attempt, alone, books.now_ns)
         self.next_batch += 1

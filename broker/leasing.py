@@ -19,7 +19,7 @@ from .batching import Work
 from .books import Books, Refused
 from .recall import Recalls
 from .records import OVERTAKES, LeaseRecord, Model, Producer, Request, first_short
-from .slots import Event, move
+from .slots import RELEASE, Event, move
 from .timers import Timers
 
 SURPLUS: Final = 4
@@ -169,7 +169,7 @@ class Leasing:
         if runs is None:
             return False
         leases = []
-        segment = model.layout.segment
+        segment, index = model.segment, model.index
         for first, length in runs:
             lease = LeaseRecord(self.next_lease, producer, model, first, length)
             if not request:
@@ -178,23 +178,25 @@ class Leasing:
             self.next_lease += 1
             producer.leases[lease.id] = lease
             leases.append((lease.id, m.SlotRun(segment, first, length)))
-        producer.held[model.index] += count
+        producer.held[index] += count
         model.unasked[producer] = None
         books = self._books
-        producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Grant(request, model.index, leases))
+        producer.active_ns[index] = books.now_ns
+        books.send(producer.peer, m.Grant(request, index, leases))
         return True
 
     def grant_again(self, work: Work) -> None:
         """Grant the slots that a Submit asked for in advance, if nobody goes short by it."""
-        model, producer, count = work.lease.model, work.lease.producer, work.again
+        lease, count = work.lease, work.again
+        model, producer = lease.model, lease.producer
+        slots, cap = model.ring.slots, model.cap
         if (
             not ((model.waiting or model.urgent) and model.is_short())
             and not self._books.draining
             and not producer.closed
-            and model.ring.free - count >= model.layout.slots // SURPLUS
-            and 2 * (model.spares + count) <= model.layout.slots - model.cap
-            and producer.may_hold(model, count)
+            and model.ring.free - count >= slots // SURPLUS
+            and 2 * (model.spares + count) <= slots - cap
+            and producer.held[model.index] + count <= cap
         ):
             self._grant(producer, model, 0, count)
 
@@ -215,7 +217,7 @@ class Leasing:
     def release(self, producer: Producer, message: m.Release) -> None:
         """A producer gives slots back."""
         lease = self.find(producer, message)
-        move(lease.states, Event.RELEASE, message.first, message.count)
+        move(lease.states, RELEASE, message.first, message.count)
         self.free(lease, message.first, message.count)
         producer.active_ns[lease.model.index] = self._books.now_ns
         if producer.closed:

@@ -44,6 +44,7 @@ _TOLD: Final[tuple[type[Told], ...]] = (
     e.WorkerEnded,
     e.Drain,
 )
+_TURN: Final = int(Kind.TURN)
 _NUMBERS: Final[dict[type[Any], int]] = {kind: number for number, kind in enumerate(_TOLD)}
 
 
@@ -222,7 +223,7 @@ class Ledger:
     def end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         """Put what the core decided into the mail; returns the peers that got some, and what else is to be done."""
         if self._writing:
-            self.journal.write(Kind.TURN, 0, now_ns)
+            self.journal.write(_TURN, 0, now_ns)
         return self._end_turn(now_ns)
 
     def sent(self, slow: Iterable[int]) -> None:

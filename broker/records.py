@@ -249,12 +249,13 @@ class Model:
 
     __slots__ = (
         "asked", "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "parked",
-        "ring", "run_ns", "short_ns", "spares", "totals", "unasked", "urgent", "waiting", "watched",
+        "ring", "run_ns", "segment", "short_ns", "spares", "totals", "unasked", "urgent", "waiting", "watched",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
         self.index = index
         self.layout = layout
+        self.segment = layout.segment
         self.cap = cap
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch

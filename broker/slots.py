@@ -43,6 +43,13 @@ class Event(IntEnum):
     ORPHAN = 7
 
 
+# Plain integers, for what happens to every run: on Python 3.10 it takes as long to look up a member of an enum as to
+# apply it.
+SUBMIT: Final = int(Event.SUBMIT)
+DISPATCH: Final = int(Event.DISPATCH)
+FINISH: Final = int(Event.FINISH)
+RELEASE: Final = int(Event.RELEASE)
+
 TRANSITIONS: Final[dict[Event, dict[State, State]]] = {
     Event.SUBMIT: {State.LEASED: State.QUEUED},
     Event.DISPATCH: {State.QUEUED: State.RUNNING},
@@ -76,25 +83,30 @@ class IllegalTransition(Exception):
     """A slot's state does not allow the event; nothing was changed."""
 
 
-def move(states: bytearray, event: Event, first: int, count: int) -> None:
-    """Apply `event` to slots `first` to `first + count`.
+def move(states: bytearray, event: int, first: int, count: int) -> None:
+    """Apply `event`, an `Event`, to slots `first` to `first + count`.
 
     Raises:
         IllegalTransition: one of them is in a state, or out of bounds, where the event is illegal.
     """
-    end = first + count
     table = _TABLES[event]
     if count == 1 and 0 <= first < len(states):  # half the cost of the general way
         new = table[states[first]]
         if new != _ILLEGAL:
             states[first] = new
             return
+    elif count == len(states) and not first:  # all of a lease, as nearly always
+        after = states.translate(table)
+        if _ILLEGAL not in after:
+            states[:] = after
+            return
+    end = first + count
     after = states[first:end].translate(table)
     if len(after) != count or _ILLEGAL in after:
         seen = {State(code).name for code in states[first:end]} or {"nothing"}
-        legal = {state.name for state in TRANSITIONS[event]}
+        legal = {state.name for state in TRANSITIONS[Event(event)]}
         raise IllegalTransition(
-            f"{event.name} of {count} slots from {first} of {len(states)}: they are {', '.join(sorted(seen))}, "
+            f"{Event(event).name} of {count} slots from {first} of {len(states)}: they are {', '.join(sorted(seen))}, "
             f"which must be {' or '.join(sorted(legal))}"
         )
     states[first:end] = after
@@ -144,6 +156,12 @@ class Ring:
         """Take `count` slots as runs ``(first, count)``: one run where there is one, or None if too few are free."""
         if count > self.free:
             return None
+        cursor = self.cursor
+        if self._holes is None and self._used.startswith(bytes(count), cursor):  # as nearly always
+            self._used[cursor : cursor + count] = b"\x01" * count
+            self.cursor = cursor + count
+            self.free -= count
+            return [(cursor, count)]
         first = self._find(count)
         runs = [(first, count)] if first >= 0 else self._collect(count)
         if len(runs) > MAX_RUNS:

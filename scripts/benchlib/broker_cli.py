@@ -8,7 +8,7 @@ import pstats
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -71,7 +71,7 @@ def _cases(only: str | None, given: dict[str, int | None]) -> list[Case]:
     if any(value is not None for value in given.values()):
         if only is not None:
             raise click.UsageError("--only names standard cases; leave it out to describe one with other options")
-        values = {
+        values: dict[str, Any] = {
             "producers": 4,
             "window": 4,
             "run": 1,

@@ -190,7 +190,7 @@ class Client:
                 self._end.send([*releases[:1], one])
                 del releases[:1]
         if releases:
-            self._end.send(releases)
+            self._end.send([*releases])
 
     def _submit(self, lease_id: int, count: int) -> m.Submit:
         self._seq += 1
@@ -327,7 +327,7 @@ class Rig:
         Those of a case in which they are apart have a turn for each that said something.
         """
         had_turn = False
-        peers = [*self._clients, *([] if self._worker is None else [self._worker])]
+        peers: list[Client | Worker] = [*self._clients, *([] if self._worker is None else [self._worker])]
         for peer in peers:
             peer.step()
             if (self.case.apart or peer is peers[-1]) and is_ready(self.loop):
