@@ -68,10 +68,10 @@ class Dispatch:
         while (choice := self._choose_by_class() if books.urgent else self._choose()) is not None:
             worker, line, leads = choice
             works = self._take(worker, line, leads=leads) if books.urgent else line.queue.take(self._next_items(line))
-            late = [work for work in works if work.deadline_ns and work.deadline_ns <= books.now_ns]
-            for work in late:
-                self._works.expire(work)
-                works.remove(work)
+            for work in works[:]:
+                if work.deadline_ns and work.deadline_ns <= books.now_ns:
+                    self._works.expire(work)
+                    works.remove(work)
             if works:
                 self._run(worker, line, works, attempt=0, alone=False)
 
@@ -190,13 +190,17 @@ class Dispatch:
         another: a worker with several lanes gets it while it has less than these two, and one with a single lane is
         sent it ahead if the model takes long to run.  With interactive work in it, it may use any free lane.
         """
-        full = line.has_full_batch
+        full, anywhere = line.has_full_batch, line.gpu is None
         single = 1 + (line.model.run_ns >= SEND_AHEAD_NS)
         best = None
         for worker in workers:
             lanes, batches = worker.lanes, len(worker.batches)
             credit = lanes + 1 if full else (lanes if urgent else 2) if lanes > 1 else single
-            if batches < credit and line.may_run_on(worker) and (best is None or batches < len(best.batches)):
+            if (
+                batches < credit
+                and (anywhere or line.may_run_on(worker))
+                and (best is None or batches < len(best.batches))
+            ):
                 best = worker
         return best
 
