@@ -188,14 +188,22 @@ class Dispatch:
         A full batch is sent even if all lanes are busy, one ahead of them, so that the worker need not wait for us.
         One that is not full had better grow here than wait in the device, which computes one batch while it copies
         another: a worker with several lanes gets it while it has less than these two, and one with a single lane is
-        sent it ahead if the model takes long to run.  With interactive work in it, it may use any free lane.
+        sent it ahead if the model takes long to run.  If batches are brief, see `BRIEF_NS`, not the device is what all
+        wait for but us, and those that grow until the last is done save us messages.  With interactive work in it, it
+        may use any free lane.
         """
         full, anywhere = line.has_full_batch, line.gpu is None
-        single = 1 + (line.model.run_ns >= SEND_AHEAD_NS)
+        run_ns = line.model.run_ns
+        single, brief = 1 + (run_ns >= SEND_AHEAD_NS), 2 * run_ns <= BRIEF_NS
         best = None
         for worker in workers:
             lanes, batches = worker.lanes, len(worker.batches)
-            credit = lanes + 1 if full else (lanes if urgent else 2) if lanes > 1 else single
+            if full:
+                credit = lanes + 1
+            elif lanes > 1 and (urgent or not brief):
+                credit = lanes if urgent else 2
+            else:
+                credit = single
             if (
                 batches < credit
                 and (anywhere or line.may_run_on(worker))

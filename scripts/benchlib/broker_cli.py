@@ -25,6 +25,7 @@ CASES: Final = {
         Case("runs1", "4 producers, 64 runs of 1 slot in flight each", 4, 64, 1),
         Case("runs16", "4 producers, 8 runs of 16 slots", 4, 8, 16),
         Case("runs16 apart", "4 producers, 4 runs of 16 slots, a turn for each frame", 4, 4, 16, apart=True),
+        Case("runs16 brief", "the same, of a model that takes 40 us", 4, 4, 16, apart=True, run_us=40),
         Case("runs64", "4 producers, 4 runs of 64 slots", 4, 4, 64),
         Case("items64", "4 producers, 4 runs of 1 slot of 64 items", 4, 4, 1, items_per_slot=64, max_batch=512),
         Case(
@@ -37,6 +38,7 @@ ITEMS: Final = {
     "runs1": 60_000,
     "runs16": 300_000,
     "runs16 apart": 300_000,
+    "runs16 brief": 300_000,
     "runs64": 600_000,
     "items64": 2_000_000,
 }

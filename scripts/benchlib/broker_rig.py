@@ -72,6 +72,7 @@ class Case:
         run: slots of each.
         items_per_slot: items in each slot, all of them full.
         lanes, max_batch: the worker's.
+        run_us: how long it says that a batch took.
         apart: peers answer one after the other, each before the next turn, and clients say each run in a frame of its
             own, as those do who wait for each of their runs; else all answer before each turn, in a frame each.
     """
@@ -85,6 +86,7 @@ class Case:
     lanes: int = 3
     max_batch: int = 256
     apart: bool = False
+    run_us: int = 300
 
     @property
     def slots(self) -> int:
@@ -203,9 +205,9 @@ class Client:
 class Worker:
     """Finishes whatever it is sent."""
 
-    def __init__(self, end: _End, lanes: int, traffic: Traffic) -> None:
-        self._end, self._traffic = end, traffic
-        end.send([m.Ready("a fake", lanes)])
+    def __init__(self, end: _End, case: Case, traffic: Traffic) -> None:
+        self._end, self._traffic, self._run_ns = end, traffic, 1000 * case.run_us
+        end.send([m.Ready("a fake", case.lanes)])
 
     def step(self) -> None:
         """A frame for each batch, as batches end one after the other."""
@@ -213,7 +215,7 @@ class Worker:
             if type(message) is m.Run:
                 self._traffic.batches += 1
                 self._traffic.runs += len(message.rows)
-                self._end.send([m.Finished(message.batch, message.attempt, 1_000, 300_000, 1_000, 0)])
+                self._end.send([m.Finished(message.batch, message.attempt, 1_000, self._run_ns, 1_000, 0)])
 
     def close(self) -> None:
         self._end.close()
@@ -278,7 +280,7 @@ class Rig:
             lifeline.send_packet(self._control, c.WorkerStarted(1, os.getpid()), [theirs.fileno(), pidfd])
         os.close(pidfd)
         self._admitted(ours)
-        self._worker = Worker(_End(ours, self.traffic), self.case.lanes, self.traffic)
+        self._worker = Worker(_End(ours, self.traffic), self.case, self.traffic)
         self._settle()
 
     def _add_client(self, folder: Path) -> None:

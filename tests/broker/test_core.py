@@ -439,6 +439,24 @@ def test_with_several_lanes_only_full_batches_go_beyond_the_two_that_a_device_wo
     assert rig.turn() == [], "three lanes are busy, and the batch is not full"
 
 
+@pytest.mark.parametrize(("run_ns", "two"), [(BRIEF_NS // 2, False), (BRIEF_NS // 2 + 1, True)])
+def test_a_brief_batch_that_is_not_full_grows_until_the_worker_is_done_with_the_last(run_ns, two):
+    rig = Rig((32, 1, 4))
+    rig.join(1)
+    rig.worker(lanes=3)
+    rig.core.models[0].run_ns = run_ns
+    rig.submit(1, 2)
+    first = run_of(rig.turn())
+    rig.submit(1, 1)
+    assert bool(sent(rig.turn(), m.Run)) is two
+    rig.core.models[0].run_ns = 1000
+    rig.submit(1, 4 if two else 3)
+    assert run_of(rig.turn()).rows[0].items == 4, "a full one goes to any lane"
+    rig.submit(1, 2)
+    rig.finish(10, first, compute_ns=1000)
+    assert sent(rig.turn(), m.Run) == [], "the worker has others"
+
+
 def test_a_worker_that_is_not_ready_gets_nothing(rig):
     rig = Rig()
     rig.join(1)
