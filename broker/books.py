@@ -84,4 +84,6 @@ class Books:
         """Forget a producer whose lifeline has ended, once it holds nothing that somebody may still write."""
         if producer.closed and not producer.leases and producer.peer in self.producers:
             del self.producers[producer.peer]
+            for model in self.models:
+                model.unasked.pop(producer, None)
             self.actions.append(Forget(producer.peer))

@@ -15,7 +15,7 @@ from .batching import Work, rows_of, take_both
 from .books import Books
 from .hangs import Hangs
 from .records import OVERTAKES, Batch, Line, Worker
-from .slots import Event, move
+from .slots import DISPATCH, move
 from .timers import Timers
 from .works import Works
 
@@ -68,10 +68,10 @@ class Dispatch:
         while (choice := self._choose_by_class() if books.urgent else self._choose()) is not None:
             worker, line, leads = choice
             works = self._take(worker, line, leads=leads) if books.urgent else line.queue.take(self._next_items(line))
-            late = [work for work in works if work.deadline_ns and work.deadline_ns <= books.now_ns]
-            for work in late:
-                self._works.expire(work)
-                works.remove(work)
+            for work in works[:]:
+                if work.deadline_ns and work.deadline_ns <= books.now_ns:
+                    self._works.expire(work)
+                    works.remove(work)
             if works:
                 self._run(worker, line, works, attempt=0, alone=False)
 
@@ -188,15 +188,27 @@ class Dispatch:
         A full batch is sent even if all lanes are busy, one ahead of them, so that the worker need not wait for us.
         One that is not full had better grow here than wait in the device, which computes one batch while it copies
         another: a worker with several lanes gets it while it has less than these two, and one with a single lane is
-        sent it ahead if the model takes long to run.  With interactive work in it, it may use any free lane.
+        sent it ahead if the model takes long to run.  If batches are brief, see `BRIEF_NS`, not the device is what all
+        wait for but us, and those that grow until the last is done save us messages.  With interactive work in it, it
+        may use any free lane.
         """
-        full = line.has_full_batch
-        single = 1 + (line.model.run_ns >= SEND_AHEAD_NS)
+        full, anywhere = line.has_full_batch, line.gpu is None
+        run_ns = line.model.run_ns
+        single, brief = 1 + (run_ns >= SEND_AHEAD_NS), 2 * run_ns <= BRIEF_NS
         best = None
         for worker in workers:
             lanes, batches = worker.lanes, len(worker.batches)
-            credit = lanes + 1 if full else (lanes if urgent else 2) if lanes > 1 else single
-            if batches < credit and line.may_run_on(worker) and (best is None or batches < len(best.batches)):
+            if full:
+                credit = lanes + 1
+            elif lanes > 1 and (urgent or not brief):
+                credit = lanes if urgent else 2
+            else:
+                credit = single
+            if (
+                batches < credit
+                and (anywhere or line.may_run_on(worker))
+                and (best is None or batches < len(best.batches))
+            ):
                 best = worker
         return best
 
@@ -241,7 +253,7 @@ class Dispatch:
     def _run(self, worker: Worker, line: Line, works: list[Work], attempt: int, *, alone: bool) -> None:
         books, model = self._books, line.model
         for work in works:
-            move(work.lease.states, Event.DISPATCH, work.at, work.count)
+            move(work.lease.states, DISPATCH, work.at, work.count)
         rows = rows_of(works, model.items_per_slot, model.layout.segment)
         batch = Batch(self.next_batch, line, works, len(rows), attempt, alone, books.now_ns)
         self.next_batch += 1

@@ -72,6 +72,12 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
         assert request.producer.peer in core.producers, "one that left still waits"
     for requests, is_urgent in ((model.waiting, False), (model.urgent, True)):
         assert all((one.priority > 0) == is_urgent for one in requests), "a request waits in another class"
+        numbers = [one.number for one in requests]
+        assert numbers == sorted(numbers), "a request waits out of turn"
+    for producer, parked in model.parked.items():
+        assert all(one.producer is producer for one in parked), "a request is parked as another's"
+        assert not any(producer.may_hold(model, one.count) for one in parked), "a request waits for nothing"
+    assert all(core.producers.get(one.peer) is one for one in model.unasked), "one that left would be asked for slots"
     assert not model.short_ns or model.watched, "a recall is not looked after"
 
 

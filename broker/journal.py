@@ -173,7 +173,7 @@ class Journal:
         self.settled = False
         return self._view[body:end]
 
-    def write(self, kind: Kind, peer: int = 0, now_ns: int = 0, body: bytes = b"") -> None:
+    def write(self, kind: int, peer: int = 0, now_ns: int = 0, body: bytes = b"") -> None:
         """Append a record.
 
         Raises:

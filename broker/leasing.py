@@ -19,7 +19,7 @@ from .batching import Work
 from .books import Books, Refused
 from .recall import Recalls
 from .records import OVERTAKES, LeaseRecord, Model, Producer, Request, first_short
-from .slots import Event, move
+from .slots import RELEASE, Event, move
 from .timers import Timers
 
 SURPLUS: Final = 4
@@ -75,7 +75,7 @@ class Leasing:
             return
         deadline = 0 if message.wait_ns is None else books.now_ns + message.wait_ns
         waiting = Request(producer, model, request, message.count, deadline, message.priority)
-        (model.urgent if message.priority else model.waiting).append(waiting)
+        model.add_request(waiting)
         if deadline:
             self._timers.start(deadline, waiting)
 
@@ -105,12 +105,11 @@ class Leasing:
     def serve_waiting(self, model: Model) -> None:
         """Grant in order of arrival, interactive requests first, but see `OVERTAKES`.
 
-        One that is at its own cap is passed by; one that lacks room blocks the rest, of either class.
+        One that is at its own cap is passed by, and parked; one that lacks room blocks the rest, of either class.
         """
-        passed: tuple[list[Request], list[Request]] = ([], [])
         while True:
-            request = self._first(model.urgent, passed[1]) if model.urgent else None
-            bulk = self._first(model.waiting, passed[0])
+            request = self._first(model.urgent) if model.urgent else None
+            bulk = self._first(model.waiting)
             if bulk is not None and (request is None or model.overtaken >= OVERTAKES):
                 request = bulk
             if request is None:
@@ -122,18 +121,16 @@ class Leasing:
             (model.waiting if request is bulk else model.urgent).popleft()
             request.end()
             model.overtaken = 0 if request is bulk else model.overtaken + (bulk is not None)
-        model.waiting.extendleft(reversed(passed[0]))
-        model.urgent.extendleft(reversed(passed[1]))
 
     @staticmethod
-    def _first(waiting: deque[Request], passed: list[Request]) -> Request | None:
-        """The first request that is not at its own cap; those before it go to `passed`."""
+    def _first(waiting: deque[Request]) -> Request | None:
+        """The first request that is not at its own cap; those before it are parked."""
         while waiting:
             request = waiting[0]
             if not request.over:
                 if request.producer.may_hold(request.model, request.count):
                     return request
-                passed.append(request)
+                request.model.park(request)
             waiting.popleft()
         return None
 
@@ -145,8 +142,7 @@ class Leasing:
             text = _busy_text(one.producer, one.model, one.count, idle)
             self._books.send(one.producer.peer, m.Error(m.BUSY, text, one.request))
         for model in holders:  # those behind one that lacks room would else be kept as long as that waits
-            model.waiting = deque(request for request in model.waiting if not request.over)
-            model.urgent = deque(request for request in model.urgent if not request.over)
+            model.drop_requests()
 
     def refuse_all(self) -> None:
         """The pool is stopping: nobody is granted anything."""
@@ -155,8 +151,7 @@ class Leasing:
                 text = "the pool is stopping and grants no more slots"
                 request.end()  # its timer must not answer it again
                 self._books.send(request.producer.peer, m.Error(m.CLOSING, text, request.request))
-            model.waiting.clear()
-            model.urgent.clear()
+            model.drop_requests()
 
     def forget_requests(self, producer: Producer) -> None:
         """Nobody waits for the answers any more."""
@@ -164,6 +159,7 @@ class Leasing:
             for request in model.requests():
                 if request.producer is producer:
                     request.end()
+            model.parked.pop(producer, None)
 
     # ------------------------------------------------------------------ grants
 
@@ -173,7 +169,7 @@ class Leasing:
         if runs is None:
             return False
         leases = []
-        segment = model.layout.segment
+        segment, index = model.segment, model.index
         for first, length in runs:
             lease = LeaseRecord(self.next_lease, producer, model, first, length)
             if not request:
@@ -182,22 +178,25 @@ class Leasing:
             self.next_lease += 1
             producer.leases[lease.id] = lease
             leases.append((lease.id, m.SlotRun(segment, first, length)))
-        producer.held[model.index] += count
+        producer.held[index] += count
+        model.unasked[producer] = None
         books = self._books
-        producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Grant(request, model.index, leases))
+        producer.active_ns[index] = books.now_ns
+        books.send(producer.peer, m.Grant(request, index, leases))
         return True
 
     def grant_again(self, work: Work) -> None:
         """Grant the slots that a Submit asked for in advance, if nobody goes short by it."""
-        model, producer, count = work.lease.model, work.lease.producer, work.again
+        lease, count = work.lease, work.again
+        model, producer = lease.model, lease.producer
+        slots, cap = model.ring.slots, model.cap
         if (
             not ((model.waiting or model.urgent) and model.is_short())
             and not self._books.draining
             and not producer.closed
-            and model.ring.free - count >= model.layout.slots // SURPLUS
-            and 2 * (model.spares + count) <= model.layout.slots - model.cap
-            and producer.may_hold(model, count)
+            and model.ring.free - count >= slots // SURPLUS
+            and 2 * (model.spares + count) <= slots - cap
+            and producer.held[model.index] + count <= cap
         ):
             self._grant(producer, model, 0, count)
 
@@ -218,7 +217,7 @@ class Leasing:
     def release(self, producer: Producer, message: m.Release) -> None:
         """A producer gives slots back."""
         lease = self.find(producer, message)
-        move(lease.states, Event.RELEASE, message.first, message.count)
+        move(lease.states, RELEASE, message.first, message.count)
         self.free(lease, message.first, message.count)
         producer.active_ns[lease.model.index] = self._books.now_ns
         if producer.closed:
@@ -242,6 +241,8 @@ class Leasing:
         if lease.spare:
             lease.use_spare()
         lease.producer.held[model.index] -= count
+        if lease.producer in model.parked:
+            model.unpark(lease.producer)
         lease.live -= count
         if not lease.live:
             del lease.producer.leases[lease.id]

@@ -18,7 +18,7 @@ its frames are written down (`messages.Reconnect`), it answers how many it had, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
@@ -44,6 +44,7 @@ _TOLD: Final[tuple[type[Told], ...]] = (
     e.WorkerEnded,
     e.Drain,
 )
+_TURN: Final = int(Kind.TURN)
 _NUMBERS: Final[dict[type[Any], int]] = {kind: number for number, kind in enumerate(_TOLD)}
 
 
@@ -222,17 +223,17 @@ class Ledger:
     def end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         """Put what the core decided into the mail; returns the peers that got some, and what else is to be done."""
         if self._writing:
-            self.journal.write(Kind.TURN, 0, now_ns)
+            self.journal.write(_TURN, 0, now_ns)
         return self._end_turn(now_ns)
 
-    def sent(self, slow: Iterable[int]) -> None:
+    def sent(self, slow: Collection[int]) -> None:
         """All that was in the mail went out, but that of a few peers; call it if `end_turn` or a later try had some.
 
         Whoever died right after it sends the last turn's mail again, which peers then skip.
         """
         if not self._writing:
             return
-        waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail}
+        waiting = {peer: len(self.mail[peer].unsent) for peer in slow if peer in self.mail} if slow else None
         if waiting:
             self.journal.write(Kind.SENT, 0, 0, _encode(waiting))
         else:
@@ -265,7 +266,12 @@ class Ledger:
                 mail = self.mail[peer] = Mail()
             if mail.post is not None and mail.post.owes >= HEARD_WITH:
                 some.insert(0, mail.post.say_heard())
-            mail.add(_frames(some))
+            frame = m.encode(some)
+            if mail.post is None and len(frame) <= FRAME_BYTES:  # as nearly always
+                mail.made += 1
+                mail.unsent.append(frame)
+            else:
+                mail.add(_frames(some))
         self._owed.clear()
         return list(messages), rest
 

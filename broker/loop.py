@@ -66,6 +66,10 @@ MAX_ROUNDS: Final = 8
 LOOKS: Final = 8
 """A peer that had one frame to read is looked at for a second so seldom; one that had a second, each time."""
 
+VAIN_LOOKS: Final = 32
+"""After so many turns in a row in which nothing came meanwhile, only every `LOOKS`-th turn looks whether something did:
+a turn more costs as much as this many looks."""
+
 LONGEST_SLEEP_NS: Final = 60_000_000_000
 """Timers may be further away than a poll can say."""
 
@@ -87,6 +91,8 @@ class Loop:
         self._ledger = ledger = Ledger(self._core, self._journal)
         self._doorman = doorman = Doorman()
         self._spins = config.busy_poll
+        self._turns = 0
+        self._vain = 0  # turns in a row that looked for what came meanwhile, and found nothing
         self._control = control = ControlSocket(config.control_fd)
         allowed = {os.getuid(), *config.allow_users}
         self._router = router = Router(config, allowed, doorman)
@@ -118,12 +124,17 @@ class Loop:
         and batches and frames larger, while each costs much the same.
         """
         ready = self._sleep()
-        for _ in range(MAX_ROUNDS):
+        self._turns += 1
+        for rounds in range(MAX_ROUNDS):
             for fd, _ in ready:
                 self._look_at(fd)
-            self._read_messages()
+            if self._router.used:
+                self._read_messages()
+            if self._vain >= VAIN_LOOKS and self._turns % LOOKS:
+                break
             ready = self._epoll.poll(0)
             if not ready:
+                self._vain = 0 if rounds else self._vain + 1
                 break
         self._turn_end.end_turn()
 
@@ -182,20 +193,17 @@ class Loop:
     def _read_lifeline(self, peer: Peer) -> None:
         """Take what a peer has sent over its lifeline; at the end of file, wait for the end of its process.
 
-        Most have sent one frame, and to look for another costs a fifth of what it takes to handle one: see `LOOKS`.
+        To look for a frame in vain costs a fifth of what it takes to handle one: see `LOOKS`.
         """
-        bytes_read = 0
-        number, journal, ledger = peer.number, self._journal, self._ledger
+        bytes_read = frames = 0
+        number, journal, ledger, sock = peer.number, self._journal, self._ledger, peer.sock
         peer.looks += 1
-        looks_again = peer.had_more or peer.looks % LOOKS == 0
-        peer.had_more = False
-        for frames in range(MAX_FRAMES_OF_A_PEER):
-            if peer.sock.fileno() < 0 or not journal.has_room or bytes_read >= MAX_BYTES_OF_A_PEER:
-                return
+        wanted = MAX_FRAMES_OF_A_PEER if peer.had_more or not peer.direct or peer.looks % LOOKS == 0 else 1
+        while frames < wanted and bytes_read < MAX_BYTES_OF_A_PEER and journal.has_room:
             try:
-                length = peer.sock.recv_into(journal.frame(number))
+                length = sock.recv_into(journal.frame(number))
             except BlockingIOError:
-                return
+                break
             except ConnectionResetError:
                 continue  # it closed with something unread, which is told once, before what it sent last
             except OSError:
@@ -203,18 +211,19 @@ class Loop:
             if not length:
                 self._peers.cut_off(peer)
                 return
+            frames += 1
             bytes_read += length
             now_ns = time.monotonic_ns()
             frame = journal.commit(length, now_ns)
             if not peer.direct:
                 self._greeting.on_lifeline(peer, frame, now_ns)
+                if sock.fileno() < 0:
+                    return
                 continue
             ledger.receive(number, frame, now_ns)
             if peer.worker is not None:
                 self._pass_on_reason(peer, peer.worker)
-            if not looks_again:
-                return
-            peer.had_more = frames > 0
+        peer.had_more = frames > 1
 
     def _pass_on_reason(self, peer: Peer, number: int) -> None:
         """Tell the supervisor why a worker must end, once, as soon as it has said so."""

@@ -55,6 +55,10 @@ class Outboxes:
     def send(self, peer: Peer) -> None:
         """Send what waits for a peer, as far as it takes it now."""
         unsent = peer.mail.unsent
+        if peer.direct and len(unsent) == 1 and not peer.resume and _try_pipe(peer, unsent[0]):  # as nearly always
+            unsent.popleft()
+            self._peers.slow.discard(peer)
+            return
         if peer.sock.fileno() < 0:
             peer.mail.clear()  # it left, or was cut off
             return

@@ -1,6 +1,8 @@
 """Slots that somebody holds and does nothing with, while others wait for them.
 
-Who lacks room has the others asked for what they hold idle (`messages.Recall`).  A process that then neither releases
+Who lacks room has the others asked for what they hold idle (`messages.Recall`), each once after it was last granted
+any: it gives back at once what it can, and keeps back nothing that it releases until it is granted more in advance.  So
+those who hold slots and do nothing cost nothing, however many requests wait.  A process that then neither releases
 nor submits anything of that model for `recall_timeout_s` is *overdue*: that is said once, and with `evict` its
 process is ended, since it alone can give back slots that it may still write.
 
@@ -129,8 +131,11 @@ class Recalls:
         model, now_ns = request.model, self._books.now_ns
         if not request.recalled:
             request.recalled = True
-            for producer in self._books.producers.values():
-                if producer is not request.producer and producer.held[model.index] and not producer.closed:
+            unasked, model.unasked = model.unasked, {}
+            for producer in unasked:
+                if producer is request.producer:
+                    model.unasked[producer] = None
+                elif producer.held[model.index] and not producer.closed:
                     self._books.send(producer.peer, m.Recall(model.index))
         if self.timeout_ns and not model.short_ns:
             model.short_ns = now_ns

@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import bisect
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from operator import attrgetter
 from typing import Final
 
 from trtpool.ipc.layout import ModelLayout
@@ -58,9 +60,15 @@ class LeaseRecord:
 
 
 class Request:
-    """A lease request that waits. `deadline_ns` 0: for ever."""
+    """A lease request that waits.
 
-    __slots__ = ("count", "deadline_ns", "model", "over", "priority", "producer", "recalled", "request")
+    Attributes:
+        deadline_ns: 0: for ever.
+        number: rises in order of arrival, among those of its model.
+        recalled: others were asked for what they hold idle.
+    """
+
+    __slots__ = ("count", "deadline_ns", "model", "number", "over", "priority", "producer", "recalled", "request")
 
     def __init__(
         self, producer: Producer, model: Model, request: int, count: int, deadline_ns: int, priority: int = BULK
@@ -73,12 +81,17 @@ class Request:
         self.priority = priority
         self.over = False
         self.recalled = False
+        model.asked += 1
+        self.number = model.asked
         producer.waiting += 1
 
     def end(self) -> None:
         """It was answered, or nobody waits for the answer."""
         self.over = True
         self.producer.waiting -= 1
+
+
+_arrival = attrgetter("number")
 
 
 class Producer:
@@ -225,6 +238,9 @@ class Model:
     Attributes:
         lines: grows by one for each GPU that work is pinned to.
         waiting, urgent: bulk and interactive requests, in order of arrival.
+        parked: requests that were found to be above their client's own cap, until it gives slots back.
+        asked: requests that ever waited.
+        unasked: clients that were granted slots since they were last sent a Recall.
         overtaken: interactive requests in a row that were granted before older bulk ones.
         short_ns: since when there has been somebody who waits for room; 0: nobody does.
         watched: whether a timer will look at `short_ns`; there is one at most.
@@ -232,13 +248,14 @@ class Model:
     """
 
     __slots__ = (
-        "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "ring", "run_ns",
-        "short_ns", "spares", "totals", "urgent", "waiting", "watched",
+        "asked", "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "parked",
+        "ring", "run_ns", "segment", "short_ns", "spares", "totals", "unasked", "urgent", "waiting", "watched",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
         self.index = index
         self.layout = layout
+        self.segment = layout.segment
         self.cap = cap
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
@@ -246,6 +263,9 @@ class Model:
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()
         self.urgent: deque[Request] = deque()
+        self.parked: dict[Producer, list[Request]] = {}
+        self.asked = 0
+        self.unasked: dict[Producer, None] = {}
         self.overtaken = 0
         self.short_ns = 0
         self.watched = False
@@ -254,9 +274,38 @@ class Model:
         self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
 
-    def requests(self) -> Iterator[Request]:
-        """Those that wait and are not over, interactive ones first."""
-        return (request for request in chain(self.urgent, self.waiting) if not request.over)
+    def requests(self) -> list[Request]:
+        """Those that wait and are not over, interactive ones first, each class in order of arrival."""
+        found = [one for one in chain(self.urgent, self.waiting, *self.parked.values()) if not one.over]
+        return sorted(found, key=lambda one: (-one.priority, one.number))
+
+    def add_request(self, request: Request) -> None:
+        """One that came just now waits for its turn."""
+        (self.urgent if request.priority else self.waiting).append(request)
+
+    def park(self, request: Request) -> None:
+        """One that is above its client's own cap is looked at no more until `unpark`; it is in no queue any more."""
+        self.parked.setdefault(request.producer, []).append(request)
+
+    def unpark(self, producer: Producer) -> None:
+        """A client gave slots back: those of its requests that its cap allows for now are at their places again."""
+        parked = self.parked.pop(producer, ())
+        room = self.cap - producer.held[self.index]
+        above = []
+        for request in parked:
+            if request.count > room:
+                above.append(request)
+            else:
+                bisect.insort(self.urgent if request.priority else self.waiting, request, key=_arrival)
+        if above:
+            self.parked[producer] = above
+
+    def drop_requests(self) -> None:
+        """Keep no request that is over."""
+        self.waiting = deque(request for request in self.waiting if not request.over)
+        self.urgent = deque(request for request in self.urgent if not request.over)
+        parked = ((producer, [one for one in many if not one.over]) for producer, many in self.parked.items())
+        self.parked = {producer: many for producer, many in parked if many}
 
     def is_short(self) -> bool:
         """Whether somebody waits for room, and not only below its own cap."""

@@ -13,6 +13,8 @@ that its cost hardly depends on how many there are.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import re
 from enum import IntEnum
 from typing import Final
@@ -40,6 +42,13 @@ class Event(IntEnum):
     ABANDON = 6
     ORPHAN = 7
 
+
+# Plain integers, for what happens to every run: on Python 3.10 it takes as long to look up a member of an enum as to
+# apply it.
+SUBMIT: Final = int(Event.SUBMIT)
+DISPATCH: Final = int(Event.DISPATCH)
+FINISH: Final = int(Event.FINISH)
+RELEASE: Final = int(Event.RELEASE)
 
 TRANSITIONS: Final[dict[Event, dict[State, State]]] = {
     Event.SUBMIT: {State.LEASED: State.QUEUED},
@@ -74,31 +83,38 @@ class IllegalTransition(Exception):
     """A slot's state does not allow the event; nothing was changed."""
 
 
-def move(states: bytearray, event: Event, first: int, count: int) -> None:
-    """Apply `event` to slots `first` to `first + count`.
+def move(states: bytearray, event: int, first: int, count: int) -> None:
+    """Apply `event`, an `Event`, to slots `first` to `first + count`.
 
     Raises:
         IllegalTransition: one of them is in a state, or out of bounds, where the event is illegal.
     """
-    end = first + count
     table = _TABLES[event]
     if count == 1 and 0 <= first < len(states):  # half the cost of the general way
         new = table[states[first]]
         if new != _ILLEGAL:
             states[first] = new
             return
+    elif count == len(states) and not first:  # all of a lease, as nearly always
+        after = states.translate(table)
+        if _ILLEGAL not in after:
+            states[:] = after
+            return
+    end = first + count
     after = states[first:end].translate(table)
     if len(after) != count or _ILLEGAL in after:
         seen = {State(code).name for code in states[first:end]} or {"nothing"}
-        legal = {state.name for state in TRANSITIONS[event]}
+        legal = {state.name for state in TRANSITIONS[Event(event)]}
         raise IllegalTransition(
-            f"{event.name} of {count} slots from {first} of {len(states)}: they are {', '.join(sorted(seen))}, "
+            f"{Event(event).name} of {count} slots from {first} of {len(states)}: they are {', '.join(sorted(seen))}, "
             f"which must be {' or '.join(sorted(legal))}"
         )
     states[first:end] = after
 
 
 _FREE_RUN: Final = re.compile(rb"\x00+")
+_TAKEN: Final = b"\x01"
+_MORE_HOLES: Final = 64
 
 MAX_RUNS: Final = 4096
 """Most runs that are granted together: what a frame has room for.  More scattered slots count as not free yet."""
@@ -112,6 +128,12 @@ class Ring:
     a free run it goes on at the next that holds a batch, else at the longest, since holes left by single
     slots would fill with single slots for ever: in a simulation of 64 producers with 2 in flight, and half as
     many slots spare, batches had 3.8 runs when every hole was taken, and 1.6 so.
+
+    Where no free run holds a batch, to find the longest by looking at all slots would cost each grant as much as there
+    are slots.  So from the first such grant on *holes* are kept: a heap of free runs, the longest first, with the
+    length of each, and a batch for all that are longer.  What is taken or given back adds the holes that it leaves, and
+    what is no hole any more is thrown away when it comes to the top.  After a round of the ring in which batches were
+    found, they are kept no more.
 
     Args:
         slots: how many.
@@ -127,11 +149,19 @@ class Ring:
         self._batch = batch
         self._used = bytearray(slots)
         self.cursor = 0
+        self._holes: list[tuple[int, int]] | None = None  # minus the length, and the first
+        self._found = 0  # slots granted since holes were of use
 
     def take(self, count: int) -> list[tuple[int, int]] | None:
         """Take `count` slots as runs ``(first, count)``: one run where there is one, or None if too few are free."""
         if count > self.free:
             return None
+        cursor = self.cursor
+        if self._holes is None and self._used.startswith(bytes(count), cursor):  # as nearly always
+            self._used[cursor : cursor + count] = b"\x01" * count
+            self.cursor = cursor + count
+            self.free -= count
+            return [(cursor, count)]
         first = self._find(count)
         runs = [(first, count)] if first >= 0 else self._collect(count)
         if len(runs) > MAX_RUNS:
@@ -141,6 +171,8 @@ class Ring:
         start, length = runs[-1]
         self.cursor = start + length
         self.free -= count
+        if self._holes is not None:
+            self._took(runs, count)
         return runs
 
     def _find(self, count: int) -> int:
@@ -148,21 +180,72 @@ class Ring:
         used, cursor = self._used, self.cursor
         if used.startswith(bytes(count), cursor):
             return cursor
-        wanted = bytes(max(count, self._batch))
-        first = used.find(wanted, cursor)
-        if first < 0:
-            first = used.find(wanted)
-        if first < 0:
-            start, end = max((run.span() for run in _FREE_RUN.finditer(used)), key=lambda span: span[1] - span[0])
-            first = start if end - start >= count else -1
-        return first
+        length, start = self._longest() if self._holes is not None else (self._batch, 0)
+        if length == self._batch:
+            wanted = bytes(max(count, self._batch))
+            first = used.find(wanted, cursor)
+            if first < 0:
+                first = used.find(wanted)
+            if first >= 0 or count > self._batch:
+                return first
+            if self._holes is None:
+                self._look_for_holes()
+            length, start = self._longest()
+        self._found = 0
+        return start if length >= count else -1
+
+    def _longest(self) -> tuple[int, int]:
+        """The longest hole's length, at most a batch, and its first slot.  Some slot must be free."""
+        holes = self._holes
+        assert holes is not None
+        while not self._is_hole(-holes[0][0], holes[0][1]):
+            heapq.heappop(holes)
+        return -holes[0][0], holes[0][1]
+
+    def _is_hole(self, length: int, first: int) -> bool:
+        used, end = self._used, first + length
+        if not used.startswith(bytes(length), first):
+            return False
+        return length == self._batch or ((not first or used[first - 1] > 0) and (end == self.slots or used[end] > 0))
+
+    def _look_for_holes(self) -> None:
+        spans = (match.span() for match in _FREE_RUN.finditer(self._used))
+        self._holes = [(-min(end - start, self._batch), start) for start, end in spans]
+        heapq.heapify(self._holes)
+
+    def _took(self, runs: list[tuple[int, int]], count: int) -> None:
+        """Note what is left of the holes that these runs were taken from."""
+        for start, length in runs:
+            end = start + length
+            if start and not self._used[start - 1]:
+                self._add_hole(start - 1, start)
+            if end < self.slots and not self._used[end]:
+                self._add_hole(end, end)
+        self._found += count
+        if self._found > self.slots:
+            self._holes = None
+
+    def _add_hole(self, first: int, end: int) -> None:
+        """Note the hole around slots from `first` to `end`, which are free; it is looked at for a batch each way."""
+        used, batch, holes = self._used, self._batch, self._holes
+        assert holes is not None
+        bound = max(0, first - batch)
+        before = used.rfind(_TAKEN, bound, first)
+        first = bound if before < 0 else before + 1
+        bound = min(self.slots, first + batch)
+        if end < bound:
+            after = used.find(_TAKEN, end, bound)
+            bound = bound if after < 0 else after
+        heapq.heappush(holes, (first - bound, first))
+        if len(holes) > self.slots + _MORE_HOLES:  # at most half of these are any more
+            self._look_for_holes()
 
     def _collect(self, count: int) -> list[tuple[int, int]]:
         """Runs that add up to `count`, going round once from the cursor."""
-        spans = [match.span() for match in _FREE_RUN.finditer(self._used, self.cursor)]
-        spans += [match.span() for match in _FREE_RUN.finditer(self._used, 0, self.cursor)]
+        used, cursor = self._used, self.cursor
         runs = []
-        for start, end in spans:
+        for match in itertools.chain(_FREE_RUN.finditer(used, cursor), _FREE_RUN.finditer(used, 0, cursor)):
+            start, end = match.span()
             length = min(count, end - start)
             runs.append((start, length))
             count -= length
@@ -177,6 +260,8 @@ class Ring:
             raise IllegalTransition(f"slots {first} to {end} were not all taken")
         self._used[first:end] = bytes(count)
         self.free += count
+        if self._holes is not None:
+            self._add_hole(first, end)
 
     def mark(self, first: int, states: bytes | bytearray) -> None:
         """Take the slots from `first` whose state is not FREE, in a ring that is being restored."""

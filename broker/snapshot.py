@@ -113,6 +113,7 @@ class _Model(_Saved, frozen=True):
     evict_ns: int
     totals: list[int]
     waiting: list[_Request]
+    unasked: list[int]
     lines: list[_Line]
 
 
@@ -258,6 +259,7 @@ def _save_model(model: Model) -> _Model:
             _Request(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority)
             for one in model.requests()
         ],
+        [producer.peer for producer in model.unasked],
         [
             _Line(
                 *(line.gpu, line.hold_until_ns, _save_works(list(line.queue)), _save_works(list(line.urgent))),
@@ -304,7 +306,8 @@ def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, Le
         producer = core.producers[one.producer]
         request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority)
         request.recalled = one.recalled
-        (model.urgent if one.priority else model.waiting).append(request)
+        model.add_request(request)
+    model.unasked = dict.fromkeys(core.producers[peer] for peer in saved.unasked)
     for kept in saved.lines:
         line = model.line(kept.gpu)
         line.hold_until_ns = kept.hold_until_ns

@@ -109,7 +109,7 @@ class TakeOver:
             if peer.sock.fileno() >= 0:
                 peer.resume = m.encode([self._resume(peer)])
                 self._outboxes.send(peer)
-        self._ledger.sent(peer.number for peer in self._peers.slow)
+        self._ledger.sent([peer.number for peer in self._peers.slow])
 
     def _resume(self, peer: Peer) -> m.Resume | m.Reconnect:
         """What a peer of the last broker is told first."""

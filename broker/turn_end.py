@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from . import control as c
@@ -83,10 +83,11 @@ class TurnEnd:
         """Do what the core decided; one frame a peer."""
         ledger, peers, send = self._ledger, self._peers, self._outboxes.send
         had_slow = bool(peers.slow)
-        for peer in list(peers.slow):
-            send(peer)
+        if had_slow:
+            for peer in list(peers.slow):
+                send(peer)
         readers, rest = ledger.end_turn(time.monotonic_ns())
-        forgotten = self.see_to(rest)
+        forgotten = self.see_to(rest) if rest else ()
         for number in readers:
             reader = peers.of.get(number)
             if reader is not None:
@@ -94,11 +95,12 @@ class TurnEnd:
                 send(reader)
         if peers.slow or peers.stalled:
             self._outboxes.bound()
-        self.forget_all(forgotten)
+        if forgotten:
+            self.forget_all(forgotten)
         if readers or rest or had_slow:
-            ledger.sent(peer.number for peer in peers.slow)
+            ledger.sent([peer.number for peer in peers.slow] if peers.slow else ())
 
-    def forget_all(self, numbers: list[int]) -> None:
+    def forget_all(self, numbers: Iterable[int]) -> None:
         """Nothing of these clients is left, and all is sent."""
         for number in numbers:
             self._ledger.forget(number)

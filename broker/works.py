@@ -18,7 +18,7 @@ from .batching import Work, halves
 from .books import Books, Refused
 from .leasing import Leasing
 from .records import Batch, Model, Producer, Suspect, Worker
-from .slots import Event, move
+from .slots import FINISH, SUBMIT, Event, move
 from .timers import Timers
 
 
@@ -49,7 +49,7 @@ class Works:
         gpu = message.gpu
         if gpu is not None:
             books.check_gpu(gpu)
-        move(lease.states, Event.SUBMIT, message.first, count)
+        move(lease.states, SUBMIT, message.first, count)
         lease.seq = message.seq
         if lease.spare:
             lease.use_spare()
@@ -57,7 +57,7 @@ class Works:
         deadline = 0 if message.deadline_ns is None else now_ns + max(1, message.deadline_ns)
         seq, again, priority = message.seq, message.again, message.priority
         work = Work(lease, message.first, count, items, seq, now_ns, deadline, again, gpu=gpu, priority=priority)
-        line = model.line(gpu)
+        line = model.lines[0] if gpu is None else model.line(gpu)
         if priority:
             line.urgent.add(work)
             books.urgent += 1
@@ -77,7 +77,7 @@ class Works:
         )
         for work in sorted(mine, key=lambda work: work.at):
             move(lease.states, Event.DROP, work.at, work.count)
-            self._end(work, m.CANCELLED, "it was cancelled before it was dispatched")
+            self._fail(work, m.CANCELLED, "it was cancelled before it was dispatched")
 
     def unqueue(self, producer: Producer) -> list[Work]:
         """Take everything that `producer` has queued out of the queues."""
@@ -122,18 +122,23 @@ class Works:
         totals.copy_out_ns += message.copy_out_ns
         took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
         batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
+        index, now_ns, send = batch.model.index, self._books.now_ns, self._books.send
+        times = (message.copy_in_ns, message.compute_ns, message.copy_out_ns)
         for work in batch.works:
-            lease = work.lease
+            lease, items, at, count = work.lease, work.items, work.at, work.count
             if lease.orphaned:
                 self._free_orphan(work)
                 continue
             queue_ns = batch.dispatched_ns - work.queued_ns
-            totals.queue_ns += queue_ns * work.items
+            totals.items += items
+            totals.queue_ns += queue_ns * items
             if work.priority:
-                totals.urgent_items += work.items
-                totals.urgent_queue_ns += queue_ns * work.items
-            move(lease.states, Event.FINISH, work.at, work.count)
-            self._end(work, m.OK, "", (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns))
+                totals.urgent_items += items
+                totals.urgent_queue_ns += queue_ns * items
+            move(lease.states, FINISH, at, count)
+            producer = lease.producer
+            producer.active_ns[index] = now_ns
+            send(producer.peer, m.Done(lease.id, at, count, work.seq, m.OK, queue_ns, *times))
             if work.again:
                 self._leasing.grant_again(work)
 
@@ -170,7 +175,7 @@ class Works:
             if work.lease.orphaned:
                 self._free_orphan(work)
             elif work.lease.producer.closed:
-                move(work.lease.states, Event.FINISH, work.at, work.count)
+                move(work.lease.states, FINISH, work.at, work.count)
             else:
                 works.append(work)
         if not works:
@@ -179,8 +184,8 @@ class Works:
             work = works[0]
             work.attempts += 1
             if work.attempts >= MAX_ATTEMPTS:
-                move(work.lease.states, Event.FINISH, work.at, work.count)
-                self._end(work, status, f"{text} (tried alone {work.attempts} times)"[:4096])
+                move(work.lease.states, FINISH, work.at, work.count)
+                self._fail(work, status, f"{text} (tried alone {work.attempts} times)"[:4096])
                 return
         for group in halves(works, model.items_per_slot):
             for work in group:
@@ -201,19 +206,15 @@ class Works:
         """End a work, in no queue any more, whose deadline has passed."""
         move(work.lease.states, Event.DROP, work.at, work.count)
         waited_ms = (self._books.now_ns - work.queued_ns) / 1e6
-        self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
+        self._fail(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
 
-    def _end(self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
-        """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
+    def _fail(self, work: Work, status: int, text: str) -> None:
+        """Tell the producer that slots, which are DONE, ended without a result."""
         lease = work.lease
         books, producer, model = self._books, lease.producer, lease.model
-        totals = model.totals
-        if status == m.OK:
-            totals.items += work.items
-        else:
-            totals.failed_items += work.items
+        model.totals.failed_items += work.items
         producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
+        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, 0, 0, 0, 0, text))
 
     def _free_orphan(self, work: Work) -> None:
         move(work.lease.states, Event.ORPHAN, work.at, work.count)

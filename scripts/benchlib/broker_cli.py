@@ -8,7 +8,7 @@ import pstats
 import sys
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -24,6 +24,8 @@ CASES: Final = {
         Case("single", "1 producer, one item at a time", 1, 1, 1, lanes=1),
         Case("runs1", "4 producers, 64 runs of 1 slot in flight each", 4, 64, 1),
         Case("runs16", "4 producers, 8 runs of 16 slots", 4, 8, 16),
+        Case("runs16 apart", "4 producers, 4 runs of 16 slots, a turn for each frame", 4, 4, 16, apart=True),
+        Case("runs16 brief", "the same, of a model that takes 40 us", 4, 4, 16, apart=True, run_us=40),
         Case("runs64", "4 producers, 4 runs of 64 slots", 4, 4, 64),
         Case("items64", "4 producers, 4 runs of 1 slot of 64 items", 4, 4, 1, items_per_slot=64, max_batch=512),
         Case(
@@ -31,7 +33,15 @@ CASES: Final = {
         ),
     )
 }
-ITEMS: Final = {"single": 20_000, "runs1": 60_000, "runs16": 300_000, "runs64": 600_000, "items64": 2_000_000}
+ITEMS: Final = {
+    "single": 20_000,
+    "runs1": 60_000,
+    "runs16": 300_000,
+    "runs16 apart": 300_000,
+    "runs16 brief": 300_000,
+    "runs64": 600_000,
+    "items64": 2_000_000,
+}
 MANY: Final = 20_000_000
 """Items of a case that is not named: a few seconds' worth, as of those that are."""
 FEWER: Final = 10
@@ -63,7 +73,7 @@ def _cases(only: str | None, given: dict[str, int | None]) -> list[Case]:
     if any(value is not None for value in given.values()):
         if only is not None:
             raise click.UsageError("--only names standard cases; leave it out to describe one with other options")
-        values = {
+        values: dict[str, Any] = {
             "producers": 4,
             "window": 4,
             "run": 1,

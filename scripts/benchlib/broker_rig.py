@@ -72,6 +72,9 @@ class Case:
         run: slots of each.
         items_per_slot: items in each slot, all of them full.
         lanes, max_batch: the worker's.
+        run_us: how long it says that a batch took.
+        apart: peers answer one after the other, each before the next turn, and clients say each run in a frame of its
+            own, as those do who wait for each of their runs; else all answer before each turn, in a frame each.
     """
 
     name: str
@@ -82,6 +85,8 @@ class Case:
     items_per_slot: int = 1
     lanes: int = 3
     max_batch: int = 256
+    apart: bool = False
+    run_us: int = 300
 
     @property
     def slots(self) -> int:
@@ -174,8 +179,20 @@ class Client:
             while self._owed >= self._case.run:
                 self._owed -= self._case.run
                 said.append(self._lease())
-        if said:
+        if self._case.apart:
+            self._send_apart(said)
+        elif said:
             self._end.send(said)
+
+    def _send_apart(self, said: list[m.ToBroker]) -> None:
+        """A result's release and the next submission, or request, in a frame for each of these."""
+        releases = [one for one in said if type(one) is m.Release]
+        for one in said:
+            if type(one) is not m.Release:
+                self._end.send([*releases[:1], one])
+                del releases[:1]
+        if releases:
+            self._end.send([*releases])
 
     def _submit(self, lease_id: int, count: int) -> m.Submit:
         self._seq += 1
@@ -188,9 +205,9 @@ class Client:
 class Worker:
     """Finishes whatever it is sent."""
 
-    def __init__(self, end: _End, lanes: int, traffic: Traffic) -> None:
-        self._end, self._traffic = end, traffic
-        end.send([m.Ready("a fake", lanes)])
+    def __init__(self, end: _End, case: Case, traffic: Traffic) -> None:
+        self._end, self._traffic, self._run_ns = end, traffic, 1000 * case.run_us
+        end.send([m.Ready("a fake", case.lanes)])
 
     def step(self) -> None:
         """A frame for each batch, as batches end one after the other."""
@@ -198,7 +215,7 @@ class Worker:
             if type(message) is m.Run:
                 self._traffic.batches += 1
                 self._traffic.runs += len(message.rows)
-                self._end.send([m.Finished(message.batch, message.attempt, 1_000, 300_000, 1_000, 0)])
+                self._end.send([m.Finished(message.batch, message.attempt, 1_000, self._run_ns, 1_000, 0)])
 
     def close(self) -> None:
         self._end.close()
@@ -263,7 +280,7 @@ class Rig:
             lifeline.send_packet(self._control, c.WorkerStarted(1, os.getpid()), [theirs.fileno(), pidfd])
         os.close(pidfd)
         self._admitted(ours)
-        self._worker = Worker(_End(ours, self.traffic), self.case.lanes, self.traffic)
+        self._worker = Worker(_End(ours, self.traffic), self.case, self.traffic)
         self._settle()
 
     def _add_client(self, folder: Path) -> None:
@@ -307,15 +324,18 @@ class Rig:
                 lifeline.send_packet(self._control, answer(message.peer))
 
     def step(self, run_turn: Callable[[Loop], None] = turn) -> bool:
-        """All peers answer what they have got, and the loop has its turn; False if it had nothing to do."""
-        for client in self._clients:
-            client.step()
-        if self._worker is not None:
-            self._worker.step()
-        if not is_ready(self.loop):
-            return False
-        run_turn(self.loop)
-        return True
+        """All peers answer what they have got, and the loop has its turn; False if it had nothing to do.
+
+        Those of a case in which they are apart have a turn for each that said something.
+        """
+        had_turn = False
+        peers: list[Client | Worker] = [*self._clients, *([] if self._worker is None else [self._worker])]
+        for peer in peers:
+            peer.step()
+            if (self.case.apart or peer is peers[-1]) and is_ready(self.loop):
+                run_turn(self.loop)
+                had_turn = True
+        return had_turn
 
     def restart_count(self) -> Traffic:
         """What was counted so far; from now on it is counted from 0."""

@@ -439,6 +439,24 @@ def test_with_several_lanes_only_full_batches_go_beyond_the_two_that_a_device_wo
     assert rig.turn() == [], "three lanes are busy, and the batch is not full"
 
 
+@pytest.mark.parametrize(("run_ns", "two"), [(BRIEF_NS // 2, False), (BRIEF_NS // 2 + 1, True)])
+def test_a_brief_batch_that_is_not_full_grows_until_the_worker_is_done_with_the_last(run_ns, two):
+    rig = Rig((32, 1, 4))
+    rig.join(1)
+    rig.worker(lanes=3)
+    rig.core.models[0].run_ns = run_ns
+    rig.submit(1, 2)
+    first = run_of(rig.turn())
+    rig.submit(1, 1)
+    assert bool(sent(rig.turn(), m.Run)) is two
+    rig.core.models[0].run_ns = 1000
+    rig.submit(1, 4 if two else 3)
+    assert run_of(rig.turn()).rows[0].items == 4, "a full one goes to any lane"
+    rig.submit(1, 2)
+    rig.finish(10, first, compute_ns=1000)
+    assert sent(rig.turn(), m.Run) == [], "the worker has others"
+
+
 def test_a_worker_that_is_not_ready_gets_nothing(rig):
     rig = Rig()
     rig.join(1)
@@ -1217,3 +1235,37 @@ def test_reports_in_one_turn_say_what_was_done_between_them() -> None:
     rig.turn(1_000_000)
     (later,) = sent(rig.say(1, m.Status(6)), m.Report)
     assert msgspec.json.decode(later.body, type=PoolReport).uptime_s > 0
+
+
+def test_requests_above_their_own_cap_come_back_in_their_order_once_it_allows_for_them():
+    rig = Rig((8, 1, 1), cap=4)
+    rig.join(1, 2)
+    lease, other = rig.lease(1, 4), rig.lease(2, 4)
+    for number, count in ((1, 3), (2, 1), (3, 2)):
+        assert rig.say(1, m.Lease(number, 0, count, None)) == []
+    rig.turn()
+    model = rig.core.models[0]
+    assert (len(model.waiting), len(model.requests())) == (0, 3), "they are not looked at again each turn"
+    rig.say(2, m.Lease(4, 0, 1, None))
+    rig.say(1, m.Release(lease, 0, 1))
+    assert [one.request for one in sent(rig.turn(), m.Grant)] == [2], "2 before 4, which came later; 1 is passed by"
+    rig.say(2, m.Release(other, 0, 1))
+    assert [one.request for one in sent(rig.turn(), m.Grant)] == [4]
+    rig.say(1, m.Release(lease, 1, 3))
+    assert [one.request for one in sent(rig.turn(), m.Grant)] == [1]
+    assert rig.figures().waiting == 1
+    rig.do(e.ProducerEnded(1))
+    assert (rig.figures().waiting, model.parked) == (0, {})
+
+
+def test_parked_requests_that_are_over_are_not_kept():
+    rig = Rig((4, 1, 1), cap=2)
+    rig.join(1)
+    rig.lease(1, 2)
+    assert rig.say(1, m.Lease(2, 0, 1, MS), m.Lease(3, 0, 1, None)) == []
+    rig.turn()
+    (late,) = sent(rig.turn(2 * MS), m.Error)
+    assert (late.code, late.request) == (m.BUSY, 2)
+    assert [one.request for many in rig.core.models[0].parked.values() for one in many] == [3]
+    (closing,) = sent(rig.do(e.Drain()), m.Error)
+    assert (closing.code, closing.request, rig.core.models[0].parked) == (m.CLOSING, 3, {})

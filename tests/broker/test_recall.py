@@ -43,6 +43,10 @@ def evicted(actions: list[e.Action]) -> list[int]:
     return [action.peer for action in actions if isinstance(action, e.Evict)]
 
 
+def recalled(actions: list[e.Action]) -> list[int]:
+    return [one.peer for one in actions if isinstance(one, e.Send) and isinstance(one.message, m.Recall)]
+
+
 def overdue(actions: list[e.Action]) -> list[int]:
     return [action.peer for action in actions if isinstance(action, e.Overdue)]
 
@@ -66,6 +70,28 @@ def test_one_who_does_not_answer_a_recall_is_reported_once():
     )
     assert later(rig, 100 * TIMEOUT_S) == [], "once for each recall"
     assert rig.figures().overdue == 2
+
+
+def test_who_holds_slots_is_asked_once_until_it_is_granted_more():
+    rig = make(evict=False)
+    lease = rig.lease(1, 5)
+    rig.lease(2, 3)
+    assert recalled(wait_for(rig, 3, 2)) == [1, 2]
+    assert recalled(wait_for(rig, 3, 1)) == []
+    rig.say(1, m.Release(lease, 0, 3))
+    (first, second) = sent(rig.turn(), m.Grant)
+    assert (first.leases[0][1].count, second.leases[0][1].count) == (2, 1)
+    assert recalled(wait_for(rig, 2, 1)) == [3], "it alone was granted any since"
+
+
+def test_one_who_waits_is_asked_when_another_waits_too():
+    rig = make(evict=False)
+    lease = rig.lease(1, 6)
+    rig.lease(2, 2)
+    assert recalled(wait_for(rig, 2, 1)) == [1], "nobody asks itself"
+    rig.say(1, m.Release(lease, 0, 1))
+    rig.turn()
+    assert recalled(wait_for(rig, 3, 1)) == [2]
 
 
 def test_one_who_answers_and_fails_again_is_reported_again():

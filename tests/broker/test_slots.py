@@ -80,6 +80,64 @@ def test_the_ring_takes_exactly_what_is_free_and_in_one_run_if_there_is_one(data
         ring.validate(bytearray(used))
 
 
+def plainly(used: list[bool], cursor: int, count: int, batch: int) -> int:
+    """Where a run of `count` is taken from by what `Ring` promises, looking at every slot; -1: nowhere in one run."""
+    spans = [list(group) for taken, group in itertools.groupby(range(len(used)), used.__getitem__) if not taken]
+    here = next((span[-1] + 1 - cursor for span in spans if cursor in span), 0)
+    if here >= count:
+        return cursor
+    large = [span for span in spans if len(span) >= max(count, batch)]
+    after = [max(span[0], cursor) for span in large if span[-1] + 1 - max(span[0], cursor) >= max(count, batch)]
+    if large:
+        return min(after) if after else large[0][0]
+    longest = max(spans, key=len)
+    return longest[0] if len(longest) >= count else -1
+
+
+@given(st.data())
+def test_the_ring_takes_the_same_runs_as_one_that_looks_at_every_slot(data):
+    """Most slots are held by others, so that the ring comes to keep holes, and throws them away, all the time."""
+    slots, batch = data.draw(st.integers(4, 32), "slots"), data.draw(st.integers(1, 8), "slots of a batch")
+    ring, used = Ring(slots, batch), [True] * slots
+    ring.take(slots)
+    for _ in range(data.draw(st.integers(1, 80), "steps")):
+        taken = [slot for slot in range(slots) if used[slot]]
+        if taken and (not ring.free or data.draw(st.booleans(), "give back")):
+            first = data.draw(st.sampled_from(taken), "which")
+            end = next((slot for slot in range(first, slots) if not used[slot]), slots)
+            count = data.draw(st.integers(1, end - first), "how many")
+            ring.give_back(first, count)
+            used[first : first + count] = [False] * count
+            continue
+        count = data.draw(st.integers(1, min(ring.free, 6)), "take")
+        wanted = plainly(used, ring.cursor, count, batch)
+        runs = ring.take(count)
+        assert runs is not None
+        if wanted >= 0:
+            assert runs == [(wanted, count)]
+        for first, length in runs:
+            used[first : first + length] = [True] * length
+        ring.validate(bytearray(used))
+
+
+def test_holes_are_kept_no_more_once_batches_were_found_for_a_round():
+    ring = Ring(64, batch=4)
+    ring.take(64)
+    for first in range(0, 64, 8):
+        ring.give_back(first, 2)
+    assert ring.take(1) == [(0, 1)]
+    assert ring._holes is not None
+    for first in range(0, 64, 8):
+        ring.give_back(first + 2, 6)
+    granted = 0
+    while ring._holes is not None:
+        assert granted <= 64
+        for first, count in ring.take(4) or ():
+            granted += count
+            ring.give_back(first, count)
+    assert granted > 32
+
+
 def test_neighbours_are_granted_one_after_the_other_round_the_ring():
     ring = Ring(6)
     assert [ring.take(2) for _ in range(3)] == [[(0, 2)], [(2, 2)], [(4, 2)]]
