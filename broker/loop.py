@@ -293,6 +293,7 @@ def _core(config: BrokerConfig) -> Core:
     """A new core for what is to be served."""
     return Core(
         config.layout.models,
+        terms=config.terms,
         max_slots_per_producer=config.max_slots_per_producer,
         max_delay_us=config.max_delay_us,
         batch_timeout_s=config.batch_timeout_s,

@@ -122,6 +122,7 @@ class Works:
         totals.copy_out_ns += message.copy_out_ns
         took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
         batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
+        self._books.shares.settle(batch.model, batch.expected_ns, took_ns)
         for work in batch.works:
             lease = work.lease
             if lease.orphaned:

@@ -223,6 +223,14 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             )
 
 
+class ModelTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the broker is told of one model besides its layout; see `PoolSettings` and `ModelOptions`."""
+
+    max_delay_us: int = 0
+    max_slots_per_producer: int = 0
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
+
+
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.workers`, as JSON.
 
@@ -248,10 +256,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`
-    and `busy_poll` see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted;
-    0: none.  `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With
-    `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
+    `terms` are those of each model; empty: the two before it hold for all. `allow_users` are those who may attach
+    besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict` and `busy_poll` see `PoolSettings`.
+    `owner_pid` is the process that the pool is part of, which is never evicted; 0: none. `table_fd` is where a
+    broker writes down what it does; None: nobody takes over from it. With `takes_over` it goes on from what another
+    left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -265,6 +274,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listener_fd: int
     control_fd: int
     arena_fd: int
+    terms: tuple[ModelTerms, ...] = ()
     allow_users: tuple[Uid, ...] = ()
     batch_timeout_s: float = 0.0
     recall_timeout_s: float = 0.0
