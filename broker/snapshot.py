@@ -240,7 +240,8 @@ def _save_worker(worker: Worker) -> _Worker:
     batches = [
         _Batch(
             *(one.id, one.model.index, one.line.gpu, _save_works(one.works)),
-            *(one.runs, one.attempt, one.alone, one.dispatched_ns, one.expected_ns),
+            *(one.runs, one.attempt, one.alone),
+            *(one.dispatched_ns, one.expected_ns),
         )
         for one in worker.batches.values()
     ]
@@ -326,7 +327,11 @@ def _restore_worker(core: Core, saved: _Worker, leases: dict[int, LeaseRecord]) 
         line: Line = core.models[one.model].line(one.gpu)
         works = _restore_works(one.works, leases)
         worker.batches[one.id] = Batch(
-            *(one.id, line, works, one.runs, one.attempt),
+            one.id,
+            line,
+            works,
+            one.runs,
+            one.attempt,
             alone=one.alone,
             now_ns=one.dispatched_ns,
             expected_ns=one.expected_ns,
