@@ -139,7 +139,7 @@ def cli() -> None:
 
 @cli.command()
 @with_file
-@click.argument("models", metavar="MODEL...", nargs=-1)
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),

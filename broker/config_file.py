@@ -43,6 +43,8 @@ else:
 NOT_IN_FILES: Final = ("config", "models")
 PATHS: Final = ("run-dir",)
 """Options that are paths, relative to the file's folder."""
+OF_POOLS: Final = ("allow-user",)
+"""Options that may be given again, and are of no model."""
 
 Key = tuple[str, ...]
 
@@ -108,6 +110,8 @@ class ConfigFile:
 
     def _read_model(self, name: str, table: object) -> None:
         key = ("models", name)
+        if not name or any(character in name for character in "=:/"):
+            self.refuse(key, "is no name for a model: it may not be empty or have =, : or / in it")
         if not isinstance(table, dict):
             self.refuse(key, f'must be a table, such as [models.{name}] with path = "{name}.onnx"')
         path = table.pop("path", None)
@@ -120,8 +124,8 @@ class ConfigFile:
     def _tell(self, key: Key, name: str, value: object, model: str = "") -> None:
         name = name.replace("_", "-")
         option = self._options.get(name)
-        if option is None or (model and not option.multiple):
-            known = [one for one, other in self._options.items() if other.multiple or not model]
+        known = [one for one, other in self._options.items() if not model or (other.multiple and one not in OF_POOLS)]
+        if option is None or name not in known:
             what = "is no option of a model" if model else "is no option of `trtpool start`"
             self.refuse(key, f"{what}{did_you_mean(name, known)}; there are {', '.join(sorted(known))}")
         words = self._words(key, option, value)

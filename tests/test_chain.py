@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 for needed in ("PIL", "scipy", "onnxruntime"):
     pytest.importorskip(needed)
 
+import onnxruntime
 from PIL import Image, ImageDraw
 from scripts import chain, demo_pages
 
@@ -74,13 +76,13 @@ def test_an_answer_that_differs_in_one_bit_is_noticed(tmp_path, monkeypatch):
         """A pool that is onnxruntime itself."""
 
         def map(self, write, items, *, model, window):
-            session = chain.onnxruntime.InferenceSession(chain.model_file(model), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(chain.model_file(model), providers=["CPUExecutionProvider"])
             for item in items:
                 x = np.empty((1, *(chain.DETECT if model == "det" else chain.RECOGNISE)), np.float32)
                 write(item, {"x": x[0]})
                 yield item, type("Result", (), {"outputs": {"y": session.run(None, {"x": x})[0][0]}})
 
-    pool = Direct()
+    pool: Any = Direct()
     reads = list(chain.read_lines(pool, chain.find_lines(pool, [page]), letters))
     assert chain.compare([page], reads) == []
     reads[3].output[5, 7] = np.nextafter(reads[3].output[5, 7], np.float32(1))

@@ -173,6 +173,8 @@ MODEL = '[models.det]\npath = "det.onnx"\n'
         ("[models.det]\npath = 3\n", ", line 2: models.det.path needs a file"),
         (f"{MODEL}slots = 'x'\n", ", line 3: models.det.slots must be a number, not 'x'"),
         (f"{MODEL}slots = 1\n\n[models.rec]\npath = 'r'\nslots = 0\n", ", line 7: models.rec.slots is not possible"),
+        (f"{MODEL}allow-user = 3\n", ", line 3: models.det.allow-user is no option of a model; there are io, items"),
+        ('[models."a=b"]\npath = "x"\n', ", line 1: models.a=b is no name for a model"),
         (f"{MODEL}lanes = 2\n", ", line 3: models.det.lanes is no option of a model; there are "),
         (f"{MODEL}shape = {{ x = [3, -1] }}\n", ", line 3: models.det.shape is not possible: 'det:x=3x-1' "),
         ('slots = 4\ntext = """\nslots = 3\n"""\n', ", line 2: text is no option of"),

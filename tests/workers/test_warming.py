@@ -42,7 +42,7 @@ def test_models_take_turns():
     def noting(name: str) -> Callable[[int], None]:
         return lambda items: order.append((name, items))
 
-    one.warm_up, two.warm_up = noting("one"), noting("two")  # type: ignore[method-assign]
+    one.warm_up, two.warm_up = noting("one"), noting("two")  # type: ignore[method-assign, assignment]
     warm_up([(one, 4), (two, 2)])
     assert order == [("one", 4), ("two", 2), ("one", 1), ("two", 1), ("one", 2), ("one", 3)]
 
