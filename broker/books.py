@@ -15,6 +15,7 @@ from trtpool.ipc import messages as m
 
 from .events import Action, Forget
 from .records import Model, Producer, Worker
+from .shares import Shares
 
 
 class Refused(Exception):
@@ -36,6 +37,7 @@ class Books:
 
     Attributes:
         serving: workers that may be sent work.
+        shares: how models share the workers.
         now_ns: when what is being handled came.
         draining: no more slots are granted.
         urgent: interactive works that are queued.
@@ -45,8 +47,8 @@ class Books:
     """
 
     __slots__ = (
-        "actions", "draining", "gpus", "mail", "models", "now_ns", "producers", "serving", "suspects", "urgent",
-        "workers",
+        "actions", "draining", "gpus", "mail", "models", "now_ns", "producers", "serving", "shares", "suspects",
+        "urgent", "workers",
     )  # fmt: skip
 
     def __init__(self, models: list[Model], gpus: int, now_ns: int) -> None:
@@ -56,6 +58,7 @@ class Books:
         self.producers: dict[int, Producer] = {}
         self.workers: dict[int, Worker] = {}
         self.serving: list[Worker] = []
+        self.shares = Shares()
         self.draining = False
         self.urgent = 0
         self.suspects = 0

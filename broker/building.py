@@ -208,7 +208,7 @@ def _request(settings: PoolSettings, wanted: InspectRequest, build: BuildSetting
         flavour=wanted.engine.flavour,
         build=build,
         shapes=wanted.engine.shapes,
-        max_batch=max(settings.max_batch, DEFAULT_BUILD_BATCH),
+        max_batch=max(settings.for_model(wanted.source.name).max_batch, DEFAULT_BUILD_BATCH),
         timing_cache=os.fspath(cache_root() / "timing"),
     )
 

@@ -32,6 +32,8 @@ from trtpool.ipc.settings import (
 from . import supervisor
 from .cli_build import build, build_options
 from .cli_logs import log_options
+from .cli_types import PER_MODEL, PerModel, only_by_model, per_model_option, split
+from .config_file import with_file
 from .doctor.cli import doctor
 from .gpus import gpu_list
 from .pool import make_settings
@@ -130,7 +132,8 @@ def cli() -> None:
       trtpool start det.onnx --shape x=3x640x640 --workers 2 --max-batch 4
       trtpool start resnet50.plan --gpus 0,1
       trtpool build resnet50.onnx -o resnet50.plan --fp16
-      trtpool start det=a.onnx cls=b.onnx --name ocr
+      trtpool start det=a.onnx cls=b.onnx --name ocr --slots det=32 --slots cls=512 --weight det=3
+      trtpool start --config pool.toml
       trtpool status --json
       trtpool stop --name ocr
       trtpool doctor
@@ -138,7 +141,14 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
+@with_file
+@click.argument("models", metavar="[MODEL]...", nargs=-1)
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A TOML file with models and options; the command line goes before it.  See docs/configuration.md.",
+)
 @_pool_options
 @click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
 @click.option(
@@ -161,9 +171,13 @@ def cli() -> None:
 @click.option(
     "--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use [default: what the plan is for]."
 )
-@click.option("--no-graphs", is_flag=True, help="Do not capture the engine's work into CUDA graphs.")
-@click.option("--allow-host-code", is_flag=True, help="Let a plan run code of its own here; trust it like a program.")
-@click.option("--huge-pages", is_flag=True, help="Put the arena on huge pages, if enough are free.")
+@click.option("--graphs/--no-graphs", default=True, help="Capture the engine's work into CUDA graphs, or do not.")
+@click.option(
+    "--allow-host-code/--no-allow-host-code",
+    default=False,
+    help="Let a plan run code of its own here; trust it like a program.",
+)
+@click.option("--huge-pages/--no-huge-pages", default=False, help="Put the arena on huge pages, if enough are free.")
 @click.option(
     "--shape",
     "shapes",
@@ -173,24 +187,22 @@ def cli() -> None:
     help="Item shape of an input that the model leaves open.  Again for each.",
 )
 @build_options
-@click.option("--slots", type=click.IntRange(1, 2**24), help="Slots for each model [default: from workers and batch].")
-@click.option("--items-per-slot", type=click.IntRange(1, 2**20), default=1, show_default=True, help="Items in a slot.")
-@click.option(
-    "--max-batch",
-    type=click.IntRange(1, 2**24),
-    help="Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest].",
+@per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch].")
+@per_model_option("--items-per-slot", 1, 2**20, "Items in a slot [default: 1].")
+@per_model_option(
+    "--max-batch", 1, 2**24, "Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest]."
 )
-@click.option(
-    "--max-delay-us",
-    type=click.IntRange(0, 60_000_000),
-    default=0,
-    show_default=True,
-    help="How long an item may wait for its batch to fill; 0 takes what there is.",
+@per_model_option(
+    "--max-delay-us", 0, 60_000_000, "How long an item may wait for its batch to fill [default: 0, not at all]."
 )
+@per_model_option("--max-slots-per-producer", 1, 2**24, "Slots that one client may hold [default: all but one batch].")
 @click.option(
-    "--max-slots-per-producer",
-    type=click.IntRange(1, 2**24),
-    help="Slots of a model that one client may hold [default: all but one batch].",
+    "--weight",
+    type=PerModel(1, 1000),
+    multiple=True,
+    callback=only_by_model,
+    metavar="MODEL=NUMBER",
+    help="A model's share of the workers while others have work too [default: 1].  Again for each.",
 )
 @click.option(
     "--drain-timeout-s",
@@ -228,10 +240,12 @@ def cli() -> None:
     show_default=True,
     help="How long a client may hold idle slots while others wait before it is reported; 0: for ever.",
 )
-@click.option("--evict", is_flag=True, help="Kill the process of such a client if those who wait need its slots.")
 @click.option(
-    "--busy-poll",
-    is_flag=True,
+    "--evict/--no-evict", default=False, help="Kill the process of such a client if those who wait need its slots."
+)
+@click.option(
+    "--busy-poll/--no-busy-poll",
+    default=False,
     help="Spin instead of sleeping: lower latency, for a whole CPU each for broker, workers and clients that wait.",
 )
 @log_options
@@ -244,11 +258,8 @@ def start(
     shapes: dict[str, tuple[int, ...]],
     lanes: int,
     flavour: str | None,
-    no_graphs: bool,
+    graphs: bool,
     allow_host_code: bool,
-    slots: int | None,
-    max_batch: int | None,
-    max_slots_per_producer: int | None,
     **options: Any,
 ) -> None:
     """Serve models until stopped.
@@ -257,12 +268,13 @@ def start(
     The pool stays in the foreground: the first SIGTERM or Ctrl-C drains it, a second stops it at once.
     """
     set_up_logging("supervisor")
+    common, per_model = split({option: options.pop(option) for option in PER_MODEL})
     engine = EngineSettings(
         threads=threads,
         shapes=shapes,
         lanes=lanes,
         flavour=flavour or "",
-        graphs=not no_graphs,
+        graphs=graphs,
         host_code=allow_host_code,
     )
     settings = make_settings(
@@ -270,10 +282,8 @@ def start(
         rundir.run_dir_of(name, run_dir),
         name=name,
         engine=engine,
-        slots=slots or 0,
-        max_batch=max_batch or 0,
-        max_slots_per_producer=max_slots_per_producer or 0,
-        **options,
+        per_model=per_model,
+        **{**common, **options},
     )
     missing = [source.path for source in settings.models if not Path(source.path).exists()]
     if missing:

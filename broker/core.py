@@ -19,6 +19,7 @@ import msgspec
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.layout import ModelLayout
+from trtpool.ipc.settings import ModelTerms
 
 from .batching import Work
 from .books import Books, Refused
@@ -55,8 +56,8 @@ class Core:
 
     Args:
         models: the layout of each model, in the order that messages number them.
-        max_slots_per_producer: see `PoolSettings`.
-        max_delay_us, batch_timeout_s, recall_timeout_s, evict: see `PoolSettings`.
+        terms: for each model, in that order; by default, for all of them, `max_slots_per_producer` and `max_delay_us`.
+        max_slots_per_producer, max_delay_us, batch_timeout_s, recall_timeout_s, evict: see `PoolSettings`.
         owner_pid: the process that the pool is part of, which is never evicted; 0: none.
         gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
@@ -71,6 +72,7 @@ class Core:
         self,
         models: Sequence[ModelLayout],
         *,
+        terms: Sequence[ModelTerms] = (),
         max_slots_per_producer: int = 0,
         max_delay_us: int = 0,
         batch_timeout_s: float = 0.0,
@@ -83,8 +85,10 @@ class Core:
         arena_bytes: int = 0,
         started_ns: int = 0,
     ) -> None:
+        terms = terms or [ModelTerms(max_delay_us, max_slots_per_producer)] * len(models)
         self.models = [
-            Model(index, layout, producer_cap(layout, max_slots_per_producer)) for index, layout in enumerate(models)
+            Model(index, layout, producer_cap(layout, one.max_slots_per_producer), one.max_delay_us * 1000, one.weight)
+            for index, (layout, one) in enumerate(zip(models, terms, strict=True))
         ]
         self.name, self.epoch, self.arena_bytes, self.started_ns = name, epoch, arena_bytes, started_ns
         self.books = books = Books(self.models, gpus, started_ns)
@@ -94,7 +98,7 @@ class Core:
         self.hangs = Hangs(books, timers, int(batch_timeout_s * 1e9))
         self.leasing = Leasing(books, timers, self.recalls)
         self.works = Works(books, timers, self.leasing)
-        self.dispatch = Dispatch(books, timers, self.works, self.hangs, max_delay_us * 1000)
+        self.dispatch = Dispatch(books, timers, self.works, self.hangs)
         self.drained = False
         self.violations = 0
         self._events = 0

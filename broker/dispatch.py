@@ -1,8 +1,8 @@
 """What is sent to which worker, and when.
 
-A free worker takes what there is: the oldest work that may run on it first, see `Dispatch._choose`.  Interactive work
-goes before bulk, in turns; see `OVERTAKES`.  Suspects run before all else, one at a time, on a worker that is kept
-for them.
+A free worker takes what there is: that of the model whose turn it is, see `shares`, and of this the oldest that may run
+on it; see `Dispatch._choose`.  Interactive work goes before bulk, in turns; see `OVERTAKES`.  Suspects run before all
+else, one at a time, on a worker that is kept for them.
 """
 
 from __future__ import annotations
@@ -32,14 +32,6 @@ MAX_TOGETHER: Final = 16
 """Most batches that are sent at a time."""
 
 
-def _oldest_ns(line: Line) -> int:
-    return line.queue.oldest.queued_ns
-
-
-def _oldest_urgent_ns(line: Line) -> int:
-    return line.urgent.oldest.queued_ns
-
-
 def _oldest_suspect_ns(line: Line) -> int:
     return line.suspects[0].queued_ns
 
@@ -47,19 +39,15 @@ def _oldest_suspect_ns(line: Line) -> int:
 class Dispatch:
     """See the module's docstring.
 
-    Args:
-        max_delay_ns: how long bulk work may wait for a batch to fill.
-
     Attributes:
         next_batch: the id of the next batch, never reused.
     """
 
-    def __init__(self, books: Books, timers: Timers, works: Works, hangs: Hangs, max_delay_ns: int) -> None:
+    def __init__(self, books: Books, timers: Timers, works: Works, hangs: Hangs) -> None:
         self._books = books
         self._timers = timers
         self._works = works
         self._hangs = hangs
-        self._max_delay_ns = max_delay_ns
         self.next_batch = 1
 
     def dispatch(self) -> None:
@@ -101,18 +89,18 @@ class Dispatch:
         """The line's next batch, which begins with interactive work if that `leads`, and is filled with the other."""
         queues = (line.urgent, line.queue) if leads else (line.queue, line.urgent)
         bulk = [one for model in self._books.models for one in model.lines if len(one.queue) and one.may_run_on(worker)]
-        oldest = min(bulk, key=_oldest_ns, default=None)
+        next_bulk = min(bulk, key=self._turn, default=None)
         waiting = len(line.urgent)
         works, is_filled = take_both(*queues, line.model.max_batch)
         self._books.urgent += len(line.urgent) - waiting
-        has_oldest = not leads or oldest is None or (oldest is line and is_filled)
-        worker.overtaken = 0 if has_oldest else worker.overtaken + 1
+        has_bulk = not leads or next_bulk is None or (next_bulk is line and is_filled)
+        worker.overtaken = 0 if has_bulk else worker.overtaken + 1
         return works
 
     def _choose(self) -> tuple[Worker, Line, bool] | None:
-        """The worker and the line of the next batch: of the oldest work that some worker takes now.
+        """The worker and the line of the next batch: of the first work, by turns, that some worker takes now.
 
-        A worker takes the oldest work that may run on it, and while it must not have that yet, nothing younger: else
+        A worker takes the first work that may run on it, and while it must not have that yet, nothing else: else
         full batches could overtake one that is not full for ever.  While there are suspects, one worker is kept for
         them.
         """
@@ -126,15 +114,23 @@ class Dispatch:
         return None if placed is None else (*placed, False)
 
     def _due(self) -> list[Line]:
-        """Lines of which bulk work may go, the one with the oldest first."""
+        """Lines of which bulk work may go, the one whose turn it is first."""
         due = []
         for model in self._books.models:
             for line in model.lines:
-                if line.queue.items and not (self._max_delay_ns and self._held_back(line)):
+                if line.queue.items and not (model.max_delay_ns and self._held_back(line)):
                     due.append(line)  # noqa: PERF401  # a comprehension costs twice as much, each turn
         if len(due) > 1:
-            due.sort(key=_oldest_ns)
+            due.sort(key=self._turn)
         return due
+
+    def _turn(self, line: Line) -> tuple[int, int]:
+        """What sorts lines with bulk work: by their models' shares, then by age."""
+        return self._books.shares.start_of(line.model), line.queue.oldest.queued_ns
+
+    def _urgent_turn(self, line: Line) -> tuple[int, int]:
+        """The same for lines with interactive work."""
+        return self._books.shares.start_of(line.model), line.urgent.oldest.queued_ns
 
     def _ready_for(self, due: list[Line]) -> list[Worker]:
         """Workers that may be sent work, those last that alone may run some of it; the one for suspects is left out."""
@@ -163,7 +159,7 @@ class Dispatch:
         """
         bulk = self._due()
         urgent = [line for model in self._books.models for line in model.lines if len(line.urgent)]
-        urgent.sort(key=_oldest_urgent_ns)
+        urgent.sort(key=self._urgent_turn)
         free: list[Worker] = []
         owing: list[Worker] = []
         for worker in self._ready_for(urgent + bulk):
@@ -216,7 +212,7 @@ class Dispatch:
         """Whether a batch that is not full should wait for `max_delay_us` to pass."""
         if line.queue.items >= line.model.max_batch or self._books.draining:
             return False
-        until = line.queue.oldest.queued_ns + self._max_delay_ns
+        until = line.queue.oldest.queued_ns + line.model.max_delay_ns
         if until <= self._books.now_ns:
             return False
         if line.hold_until_ns != until:
@@ -255,7 +251,13 @@ class Dispatch:
         for work in works:
             move(work.lease.states, DISPATCH, work.at, work.count)
         rows = rows_of(works, model.items_per_slot, model.layout.segment)
-        batch = Batch(self.next_batch, line, works, len(rows), attempt, alone, books.now_ns)
+        batches = -(-sum(work.items for work in works) // model.max_batch)
+        batch = Batch(
+            *(self.next_batch, line, works, len(rows), attempt),
+            alone=alone,
+            now_ns=books.now_ns,
+            expected_ns=books.shares.charge(model, batches),
+        )
         self.next_batch += 1
         if not worker.batches:
             worker.oldest_ns = books.now_ns

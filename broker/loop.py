@@ -308,6 +308,7 @@ def _core(config: BrokerConfig) -> Core:
     kind = FollowedCore if log.isEnabledFor(logging.DEBUG) else Core
     return kind(
         config.layout.models,
+        terms=config.terms,
         max_slots_per_producer=config.max_slots_per_producer,
         max_delay_us=config.max_delay_us,
         batch_timeout_s=config.batch_timeout_s,

@@ -201,7 +201,7 @@ def lay_out(settings: PoolSettings, specs: Sequence[ModelSpec]) -> Layout:
     Raises:
         ConfigError: a batch larger than a model takes.
     """
-    layout = plan([_plan_model(settings, spec) for spec in specs])
+    layout = plan([_plan_model(settings.for_model(spec.name), spec) for spec in specs])
     if not settings.huge_pages:
         return layout
     pages = -(-layout.segment_bytes // HUGE_PAGE_BYTES)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -26,13 +27,13 @@ from trtpool.ipc.settings import (
     DEFAULT_TRANSPORT,
     BuildSettings,
     EngineSettings,
-    ModelSource,
     PoolSettings,
     Refusal,
 )
 
 from .control import SuperviseConfig
 from .gpus import gpu_list
+from .models import AnyModel, Model, read_models
 from .planning import child_environment, error_of
 from .users import user_ids
 
@@ -41,18 +42,8 @@ _numbers = itertools.count(1)
 STOP_GRACE_S: Final = 15.0
 
 
-def model_source(text: str | os.PathLike[str]) -> ModelSource:
-    """A model as users name it: a file, or ``NAME=FILE``; without a name it is the file's stem."""
-    name, equals, path = os.fspath(text).partition("=")
-    if not equals or os.sep in name:
-        name, path = "", os.fspath(text)
-    if not path:
-        raise ConfigError(f"no file is named in {os.fspath(text)!r}; write FILE or NAME=FILE")
-    return ModelSource(os.path.abspath(path), name or Path(path).stem)
-
-
 def make_settings(
-    models: Sequence[str | os.PathLike[str]],
+    models: Sequence[AnyModel],
     run_dir: Path,
     *,
     device: str | None = None,
@@ -60,18 +51,20 @@ def make_settings(
     workers: int | None = None,
     engine: EngineSettings | None = None,
     build: BuildSettings | None = None,
+    per_model: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
     **options: object,
 ) -> PoolSettings:
     """Checked settings.
 
     Args:
-        models: files, or ``NAME=FILE``.
+        models: see `trtpool.broker.models`.
         run_dir: the pool's run directory.
         device: "cpu" or "gpu"; by default what `gpus` says.
         gpus: see `gpu_list`; empty for a pool on the CPU.
         workers: processes of a pool on the CPU; one by default.
         engine: how to load the models; its `device` is set here.
         build: how to build ONNX files for a GPU.
+        per_model: by model name, fields of `ModelOptions`; they go before what `models` have.
         options: other fields of `PoolSettings`.
 
     Raises:
@@ -85,7 +78,10 @@ def make_settings(
     elif device not in (None, "cpu"):
         raise DeviceUnavailable(f"there is no device {device!r}; use --device cpu, or name GPUs, such as --gpus 0")
     engine = msgspec.structs.replace(engine or EngineSettings(), device="gpu" if gpus else "cpu")
-    sources = tuple(model_source(model) for model in models)
+    sources, own, shapes = read_models(models)
+    engine = msgspec.structs.replace(engine, shapes={**shapes, **engine.shapes})
+    for name, more in per_model.items():
+        own[name] = {**own.get(name, {}), **more}
     given = {
         "models": sources,
         "run_dir": os.fspath(run_dir),
@@ -93,6 +89,7 @@ def make_settings(
         "gpus": gpus,
         "workers": 1 if workers is None else workers,
         "build": build or BuildSettings(),
+        "per_model": own,
         **options,
     }
     try:
@@ -139,7 +136,8 @@ class Pool(Client):
     with ``pool.handle()``.
 
     Args:
-        model: an ONNX file, or a TensorRT plan for a GPU; ``NAME=FILE``; or a list of them.
+        model: an ONNX file, or a TensorRT plan for a GPU; ``NAME=FILE``; a `trtpool.Model`, or a dictionary of what
+            that takes, for settings of its own; or a list of these.
         device: "cpu" or "gpu"; by default what `gpus` says.
         gpus: the GPUs to use, such as ``0``, ``"0,1"`` or ``[0, "GPU-<uuid>"]``, numbered from 0 in this order; by
             default the models run on the CPU.
@@ -164,7 +162,7 @@ class Pool(Client):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        model: AnyModel | Sequence[AnyModel],
         *,
         device: str | None = None,
         gpus: int | str | Sequence[int | str] | None = None,
@@ -198,7 +196,7 @@ class Pool(Client):
         self._process: subprocess.Popen[bytes] | None = None
         name = name or f"embedded-{os.getpid()}-{next(_numbers)}"
         directory = Path(os.path.abspath(run_dir)) if run_dir else default_root() / name
-        models = [model] if isinstance(model, (str, os.PathLike)) else list(model)
+        models = [model] if isinstance(model, (str, os.PathLike, Model, Mapping)) else list(model)
         settings = make_settings(
             models,
             directory,

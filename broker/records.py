@@ -25,8 +25,8 @@ from .slots import Ring
 
 OVERTAKES: Final = 4
 """Interactive work goes first, but of the batches that a worker is sent while older bulk work waits, at most so many in
-a row: the next begins with the oldest bulk work.  The same holds for grants of a model's slots.  So bulk keeps a fifth,
-and more while interactive batches have room left."""
+a row: the next begins with bulk work whose turn it is.  The same holds for grants of a model's slots.  So bulk keeps a
+fifth, and more while interactive batches have room left."""
 
 
 class LeaseRecord:
@@ -153,12 +153,21 @@ class Worker:
 
 
 class Batch:
-    """Work of one line, sent to a worker together."""
+    """Work of one line, sent to a worker together; `expected_ns` is what its model was charged for it."""
 
-    __slots__ = ("alone", "attempt", "dispatched_ns", "id", "line", "model", "runs", "works")
+    __slots__ = ("alone", "attempt", "dispatched_ns", "expected_ns", "id", "line", "model", "runs", "works")
 
     def __init__(
-        self, batch_id: int, line: Line, works: list[Work], runs: int, attempt: int, alone: bool, now_ns: int
+        self,
+        batch_id: int,
+        line: Line,
+        works: list[Work],
+        runs: int,
+        attempt: int,
+        *,
+        alone: bool,
+        now_ns: int,
+        expected_ns: int,
     ) -> None:
         self.id = batch_id
         self.line = line
@@ -168,6 +177,7 @@ class Batch:
         self.attempt = attempt
         self.alone = alone
         self.dispatched_ns = now_ns
+        self.expected_ns = expected_ns
 
 
 class Suspect:
@@ -245,18 +255,24 @@ class Model:
         short_ns: since when there has been somebody who waits for room; 0: nobody does.
         watched: whether a timer will look at `short_ns`; there is one at most.
         evict_ns: before this nobody is evicted.
+        max_delay_ns: how long bulk work may wait for a batch to fill.
+        weight, finish: its share of the workers, and how much of that it has had; see `shares`.
     """
 
     __slots__ = (
-        "asked", "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "parked",
-        "ring", "run_ns", "segment", "short_ns", "spares", "totals", "unasked", "urgent", "waiting", "watched",
+        "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lines", "max_batch", "max_delay_ns",
+        "overtaken", "parked", "ring", "run_ns", "segment", "short_ns", "spares", "totals", "unasked", "urgent",
+        "waiting", "watched", "weight",
     )  # fmt: skip
 
-    def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
+    def __init__(self, index: int, layout: ModelLayout, cap: int, max_delay_ns: int = 0, weight: int = 1) -> None:
         self.index = index
         self.layout = layout
         self.segment = layout.segment
         self.cap = cap
+        self.max_delay_ns = max_delay_ns
+        self.weight = weight
+        self.finish = 0
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))

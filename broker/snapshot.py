@@ -2,7 +2,7 @@
 
 Everything that decides what a core does next is kept, in its order, so that a restored core answers every later
 event as the one that was saved would have.  What is not kept are requests that were answered and timers of what is
-over, which do nothing, and settings.
+over, which do nothing, and settings.  Virtual time, of which differences alone count, starts anew.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class _Batch(_Saved, frozen=True):
     attempt: int
     alone: bool
     dispatched_ns: int
+    expected_ns: int
 
 
 class _Producer(_Saved, frozen=True):
@@ -107,6 +108,7 @@ class _Line(_Saved, frozen=True):
 class _Model(_Saved, frozen=True):
     cursor: int
     run_ns: int
+    finish: int
     overtaken: int
     short_ns: int
     watched: bool
@@ -158,7 +160,7 @@ def save(core: Core) -> bytes:
             ],
             [_save_worker(one) for one in core.workers.values()],
             [worker.peer for worker in core.books.serving],
-            [_save_model(model) for model in core.models],
+            [_save_model(model, core.books.shares.virtual) for model in core.models],
             timers,
         )
     )
@@ -239,7 +241,8 @@ def _save_worker(worker: Worker) -> _Worker:
     batches = [
         _Batch(
             *(one.id, one.model.index, one.line.gpu, _save_works(one.works)),
-            *(one.runs, one.attempt, one.alone, one.dispatched_ns),
+            *(one.runs, one.attempt, one.alone),
+            *(one.dispatched_ns, one.expected_ns),
         )
         for one in worker.batches.values()
     ]
@@ -249,10 +252,11 @@ def _save_worker(worker: Worker) -> _Worker:
     )
 
 
-def _save_model(model: Model) -> _Model:
+def _save_model(model: Model, virtual: int) -> _Model:
     return _Model(
         model.ring.cursor,
         min(model.run_ns, LARGEST),
+        max(-LARGEST, min(model.finish - virtual, LARGEST)),
         *(model.overtaken, model.short_ns, model.watched, model.evict_ns),
         [min(getattr(model.totals, name), LARGEST) for name in Totals.__slots__],
         [
@@ -298,7 +302,7 @@ def _restore_works(saved: list[_Work], leases: dict[int, LeaseRecord]) -> list[W
 
 def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, LeaseRecord]) -> None:
     model.ring.cursor = saved.cursor
-    model.run_ns, model.overtaken = saved.run_ns, saved.overtaken
+    model.run_ns, model.finish, model.overtaken = saved.run_ns, saved.finish, saved.overtaken
     model.short_ns, model.watched, model.evict_ns = saved.short_ns, saved.watched, saved.evict_ns
     for name, total in zip(Totals.__slots__, saved.totals, strict=True):
         setattr(model.totals, name, total)
@@ -325,5 +329,14 @@ def _restore_worker(core: Core, saved: _Worker, leases: dict[int, LeaseRecord]) 
     for one in saved.batches:
         line: Line = core.models[one.model].line(one.gpu)
         works = _restore_works(one.works, leases)
-        worker.batches[one.id] = Batch(one.id, line, works, one.runs, one.attempt, one.alone, one.dispatched_ns)
+        worker.batches[one.id] = Batch(
+            one.id,
+            line,
+            works,
+            one.runs,
+            one.attempt,
+            alone=one.alone,
+            now_ns=one.dispatched_ns,
+            expected_ns=one.expected_ns,
+        )
     return worker

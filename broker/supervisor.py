@@ -165,6 +165,7 @@ class Supervisor:
             layout=layout,
             max_slots_per_producer=settings.max_slots_per_producer,
             max_delay_us=settings.max_delay_us,
+            terms=tuple(settings.terms_of(model.spec.name) for model in layout.models),
             gpus=len(settings.gpus),
             batch_timeout_s=settings.batch_timeout_s,
             recall_timeout_s=settings.recall_timeout_s,

@@ -124,6 +124,7 @@ class Works:
         batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
         index, now_ns, send = batch.model.index, self._books.now_ns, self._books.send
         times = (message.copy_in_ns, message.compute_ns, message.copy_out_ns)
+        self._books.shares.settle(batch.model, batch.expected_ns, took_ns)
         for work in batch.works:
             lease, items, at, count = work.lease, work.items, work.at, work.count
             if lease.orphaned:

@@ -146,6 +146,21 @@ class GpuInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     driver: tuple[int, int]
 
 
+class ModelOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one model of several has otherwise than the rest of its pool; None: as the pool, see `PoolSettings`.
+
+    Attributes:
+        weight: the model's share of the workers' time while others have work too, beside theirs; None: 1.
+    """
+
+    slots: Annotated[int, msgspec.Meta(ge=1, le=2**24)] | None = None
+    items_per_slot: Annotated[int, msgspec.Meta(ge=1, le=2**20)] | None = None
+    max_batch: Annotated[int, msgspec.Meta(ge=1, le=2**24)] | None = None
+    max_delay_us: Annotated[int, msgspec.Meta(ge=0, le=60_000_000)] | None = None
+    max_slots_per_producer: Annotated[int, msgspec.Meta(ge=1, le=2**24)] | None = None
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
+
+
 class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that `trtpool start` can be told.
 
@@ -180,6 +195,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
         busy_poll: have broker, workers and clients spin while they wait, which saves the time that it takes to be woken
             and keeps a whole CPU for each of them busy.
+        per_model: what single models have otherwise, by name.
     """
 
     models: tuple[ModelSource, ...]
@@ -203,6 +219,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     recall_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_RECALL_TIMEOUT_S
     evict: bool = False
     busy_poll: bool = False
+    per_model: dict[str, ModelOptions] = {}
 
     def __post_init__(self) -> None:
         if self.evict and not self.recall_timeout_s:
@@ -213,14 +230,50 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             raise ConfigError("no model given; name at least one .onnx file")
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            files = " and ".join(model.path for model in self.models if model.name == twice)
             raise ConfigError(
-                f"two models are called the same ({', '.join(names)}); name them with NAME=FILE, such as det=model.onnx"
+                f"two models are called {twice!r}, {files}; name them with NAME=FILE, such as det=model.onnx"
             )
         if self.max_batch and self.max_batch < self.items_per_slot:
             raise ConfigError(
                 f"--max-batch {self.max_batch} is smaller than --items-per-slot {self.items_per_slot}; "
                 "a slot is never split, so raise the first or lower the second"
             )
+        for name in self.per_model:
+            if name not in names:
+                raise ConfigError(
+                    f"no model is called {name!r}, for which settings are given; there are {', '.join(names)}"
+                )
+            try:
+                self.for_model(name)
+            except ConfigError as error:
+                raise ConfigError(f"model {name!r}: {error}") from error
+
+    def for_model(self, name: str) -> PoolSettings:
+        """The same with what that model has otherwise in place of what the pool has.
+
+        Raises:
+            ConfigError: that is not possible together.
+        """
+        given = msgspec.structs.asdict(self.per_model.get(name, ModelOptions()))
+        given.pop("weight")
+        chosen = {key: value for key, value in given.items() if value is not None}
+        return msgspec.structs.replace(self, per_model={}, **chosen)
+
+    def terms_of(self, name: str) -> ModelTerms:
+        """What the broker is told of a model."""
+        own = self.for_model(name)
+        weight = self.per_model.get(name, ModelOptions()).weight or 1
+        return ModelTerms(own.max_delay_us, own.max_slots_per_producer, weight)
+
+
+class ModelTerms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What the broker is told of one model besides its layout; see `PoolSettings` and `ModelOptions`."""
+
+    max_delay_us: int = 0
+    max_slots_per_producer: int = 0
+    weight: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -248,10 +301,11 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`
-    and `busy_poll` see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted;
-    0: none.  `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With
-    `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
+    `terms` are those of each model; empty: the two before it hold for all. `allow_users` are those who may attach
+    besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict` and `busy_poll` see `PoolSettings`.
+    `owner_pid` is the process that the pool is part of, which is never evicted; 0: none. `table_fd` is where a
+    broker writes down what it does; None: nobody takes over from it. With `takes_over` it goes on from what another
+    left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -265,6 +319,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     listener_fd: int
     control_fd: int
     arena_fd: int
+    terms: tuple[ModelTerms, ...] = ()
     allow_users: tuple[Uid, ...] = ()
     batch_timeout_s: float = 0.0
     recall_timeout_s: float = 0.0

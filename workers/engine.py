@@ -64,6 +64,13 @@ class Engine(Protocol):
             ValueError: a plane does not have the shape, dtype or layout that `spec` asks for.
         """
 
+    def warm_up(self, items: int) -> None:
+        """Do what the first batch of `items` items costs more than later ones; planes stay as they are.
+
+        Raises:
+            EngineError: the engine refuses a batch of zeros.
+        """
+
     def run(self, batch: Batch) -> Times:
         """Run the items of `batch` (at most `max_batch`) and return when their outputs are written.
 

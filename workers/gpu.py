@@ -17,6 +17,7 @@ from .joining import Joined
 from .registration import Registration
 from .tensorrt_engine import TensorrtEngine
 from .topology import bind_to_gpu
+from .warming import warm_up
 
 log = logging.getLogger("trtpool.worker")
 
@@ -54,6 +55,7 @@ class GpuWorker:
                 inputs, outputs = joined.planes(number, engine.spec)
                 engine.bind(inputs, outputs, layout.max_batch, self._registration.bounds)
                 self.engines.append(engine)
+            warm_up([(engine, layout.max_batch) for engine, layout in zip(self.engines, joined.models, strict=True)])
         except CudaError as error:
             raise DeviceUnavailable(f"the GPU cannot be used: {error}") from error
         log.info(

@@ -125,7 +125,7 @@ class Lane:
             )
             stack.callback(self._drop_graphs)
             for items in sorted({self._min_batch, max(self._min_batch, max_batch)}):
-                self._warm_up(items)
+                self._run_once(items)
             self._stack = stack.pop_all()
 
     def _event(self, stack: contextlib.ExitStack, *, blocks: bool) -> Any:
@@ -142,11 +142,21 @@ class Lane:
         context.bind(tensor.name, address)
         return address
 
-    def _warm_up(self, items: int) -> None:
+    def _run_once(self, items: int) -> None:
         """Run a batch of zeros, so that modules are loaded and the first request is not the slowest."""
         self._seen.add(items)
         self._compute(items)
         self._cuda.synchronize(self._stream)
+
+    def warm_up(self, items: int) -> None:
+        """Run a batch size, and capture it, unless that was done.
+
+        Raises:
+            EngineError, CudaError: it does not run.
+        """
+        items = max(self._min_batch, items)
+        if items not in self._seen:
+            self._run_once(items)
 
     def launch(self, batch: Batch, items: int) -> None:
         """Enqueue a batch of `items` items, which fits the planes; see `LaneEngine.launch`.

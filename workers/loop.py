@@ -11,6 +11,7 @@ from trtpool.ipc.settings import InspectRequest, WorkerConfig
 
 from .engine import Engine, EngineError
 from .joining import MAX_TEXT, Inbox, Job, Joined, ids
+from .warming import warm_up
 
 log = logging.getLogger("trtpool.worker")
 
@@ -32,6 +33,7 @@ class WorkerLoop:
         for number, (engine, layout) in enumerate(zip(self._engines, joined.models, strict=True)):
             inputs, outputs = joined.planes(number, engine.spec)
             engine.bind(inputs, outputs, layout.max_batch)
+        warm_up([(engine, layout.max_batch) for engine, layout in zip(self._engines, joined.models, strict=True)])
         joined.pipe.send([m.Ready("cpu", lanes=1)])
 
     def run(self) -> None:

@@ -117,6 +117,15 @@ class OnnxEngine:
                 [_new_items(max_batch, tensor) for tensor in self._spec.outputs],
             )
 
+    def warm_up(self, items: int) -> None:
+        """Run a batch of zeros in memory of its own; see `Engine.warm_up`."""
+        if self._session is None:
+            raise EngineError(f"model {self._spec.name!r} was closed")
+        zeros = [
+            [_new_items(items, tensor) for tensor in tensors] for tensors in (self._spec.inputs, self._spec.outputs)
+        ]
+        BoundMemory(self._session, self._spec, *zeros).run(0, items)
+
     def run(self, batch: Batch) -> Times:
         """Run `batch`, one call for each of its runs or one for all of them; see `Engine.run`."""
         if self._planes is None:
@@ -225,4 +234,4 @@ def _run_gathered(planes: BoundMemory, scratch: BoundMemory, spans: Sequence[tup
 
 def _new_items(items: int, tensor: TensorSpec) -> npt.NDArray[Any]:
     """Raw items of new memory, aligned for the tensor's dtype."""
-    return raw_items(np.empty((items, *tensor.shape), tensor.numpy_dtype), tensor)
+    return raw_items(np.zeros((items, *tensor.shape), tensor.numpy_dtype), tensor)

@@ -100,6 +100,16 @@ class TensorrtEngine:
                 raise DeviceUnavailable(self._explain(error, number)) from error
             self._lanes.append(lane)
 
+    def warm_up(self, items: int) -> None:
+        """Run a batch of zeros, or what lies on the device, on each lane until its graph is captured.
+
+        Raises:
+            EngineError: the engine refuses it.
+            CudaError: the device failed.
+        """
+        for lane in self._lanes:
+            lane.warm_up(items)
+
     def launch(self, lane: int, batch: Batch) -> None:
         """Enqueue a batch; see `LaneEngine.launch`."""
         if not self._lanes:

@@ -13,6 +13,7 @@ Producers write each input once, into a slot of one shared arena; workers read i
 
 from __future__ import annotations
 
+from trtpool.broker.models import Model
 from trtpool.broker.pool import Pool
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import (
@@ -66,6 +67,7 @@ __all__ = [
     "LeaseTooLarge",
     "Leases",
     "MissingExtra",
+    "Model",
     "ModelError",
     "ModelReport",
     "NameInUse",

@@ -19,7 +19,7 @@ from trtpool.broker import cli, supervisor
 from trtpool.ipc import errors, rundir
 from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
-from trtpool.ipc.settings import EngineSettings, GpuInfo, ModelSource, PoolSettings
+from trtpool.ipc.settings import EngineSettings, GpuInfo, ModelSource, ModelTerms, PoolSettings
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 Run = Callable[..., int]
@@ -121,8 +121,56 @@ def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkey
     assert {name: getattr(settings, name) for name in options} == options
     # Were there an option that this test and the next forgot, it would have its default.
     others = {"models", "name", "run_dir", "engine", "workers", "huge_pages", "gpus", "workers_per_gpu", "build"}
-    others |= {"allow_users", "busy_poll", "evict"}
+    others |= {"allow_users", "busy_poll", "evict", "per_model"}
     assert {field.name for field in msgspec.structs.fields(PoolSettings)} == {*options, *others}
+
+
+def test_options_of_one_model_go_before_those_of_all(run, started, model, tmp_path):
+    words = [
+        "--slots=det=32",
+        "--slots=7",
+        "--slots=rec=512",
+        "--max-delay-us=det=0",
+        "--max-delay-us=90",
+        "--weight=det=3",
+    ]
+    words += ["--items-per-slot=rec=4", "--max-batch=rec=16", "--max-slots-per-producer=det=5", "--slots=det=33"]
+    assert run("start", model, f"rec={model}", f"cls={model}", "--run-dir", tmp_path, *words) == 0
+    (settings,) = started
+    own = [settings.for_model(name) for name in ("det", "rec", "cls")]
+    assert [one.slots for one in own] == [33, 512, 7], "the last word counts"
+    assert [one.max_batch for one in own] == [0, 16, 0]
+    assert [one.items_per_slot for one in own] == [1, 4, 1]
+    terms = [settings.terms_of(name) for name in ("det", "rec", "cls")]
+    assert terms == [ModelTerms(0, 5, 3), ModelTerms(90, 0, 1), ModelTerms(90, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "line"),
+    [
+        (["--slots=dett=3"], 3, "no model is called 'dett', for which settings are given; there are det"),
+        (["--slots=det=0"], 2, "0 is not in the range 1<=x<="),
+        (["--slots=det=many"], 2, "'many' is not a valid integer"),
+        (["--weight=3"], 2, "say of which model, such as det=3"),
+        (["--weight=det=0"], 2, "0 is not in the range 1<=x<=1000"),
+        (
+            ["--max-batch=det=2", "--items-per-slot=3"],
+            3,
+            "model 'det': --max-batch 2 is smaller than --items-per-slot 3",
+        ),
+        (["--lanes=det=2"], 2, "'det=2' is not a valid integer"),
+    ],
+)
+def test_what_is_not_possible_for_one_model_is_one_line(words, code, line, run, started, model, capsys):
+    assert run("start", model, *words) == code
+    assert line in only_line(capsys)
+    assert started == []
+
+
+def test_two_models_of_one_name_are_named_with_their_files(run, started, model, capsys, tmp_path):
+    assert run("start", model, f"det={tmp_path / 'other.onnx'}") == errors.ConfigError.exit_code
+    assert f"two models are called 'det', {model} and {tmp_path / 'other.onnx'}; name them with" in only_line(capsys)
+    assert started == []
 
 
 def test_every_option_for_gpus_reaches_the_settings(run, started, model, tmp_path):

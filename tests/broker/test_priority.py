@@ -308,9 +308,12 @@ class Arrivals:
         if not mine:
             self.overtaken[peer] = 0
         else:
-            oldest = {slot for slot, age in mine.items() if age == min(mine.values())}
+            ages = [
+                min((age, slot) for slot, age in mine.items() if slot[0] == model) for model in {one for one, _ in mine}
+            ]
+            oldest = {slot for slot, age in mine.items() if age in {age for age, _ in ages}}  # of each model
             self.overtaken[peer] = 0 if oldest & taken else self.overtaken[peer] + 1
-            assert self.overtaken[peer] <= OVERTAKES, "the oldest bulk work was overtaken once more than it may be"
+            assert self.overtaken[peer] <= OVERTAKES, "bulk work was overtaken once more than it may be"
         self.runs[peer].append(run)
         for slot in taken & self.queued.keys():
             del self.queued[slot]

@@ -154,7 +154,7 @@ def test_what_cannot_be_is_raised_as_what_it_is(negate, tmp_path, capfd):
         trtpool.Pool(model=one, max_batch=4)
     with pytest.raises(trtpool.ConfigError, match="no model given"):
         trtpool.Pool(model=[])
-    with pytest.raises(trtpool.ConfigError, match="called the same"):
+    with pytest.raises(trtpool.ConfigError, match="two models are called"):
         trtpool.Pool(model=[one, one])
     with pytest.raises(trtpool.ConfigError, match="a setting is not possible"):
         trtpool.Pool(model=one, workers=0)

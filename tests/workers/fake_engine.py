@@ -22,6 +22,7 @@ class NumpyEngine:
         self._answer = answer
         self._bound: tuple[Planes, Planes] | None = None
         self._max_batch = 0
+        self.warm: list[int] = []
 
     def bind(self, inputs: Planes, outputs: Planes, max_batch: int) -> None:
         if max_batch < 1 or 0 < self.spec.batch_limit < max_batch:
@@ -29,6 +30,11 @@ class NumpyEngine:
         check_planes(self.spec, inputs, outputs)
         self._bound = inputs, outputs
         self._max_batch = max_batch
+
+    def warm_up(self, items: int) -> None:
+        if self._bound is None:
+            raise EngineError("not bound, or closed")
+        self.warm.append(items)
 
     def run(self, batch: Batch) -> Times:
         if self._bound is None:

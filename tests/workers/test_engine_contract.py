@@ -240,6 +240,18 @@ def test_any_scattered_batch(engine, case):
     check()
 
 
+def test_a_warm_up_leaves_the_planes_as_they_are(engine, case):
+    max_batch = min(engine.spec.batch_limit or 8, 8)
+    bench = Bench(engine, case.answer, 12, 1, max_batch)
+    for plane in (*bench.inputs.values(), *bench.outputs.values()):
+        plane.view(np.uint8)[...] = POISON
+    for items in (max_batch, 1):
+        engine.warm_up(items)
+    for plane in (*bench.inputs.values(), *bench.outputs.values()):
+        assert (plane.view(np.uint8) == POISON).all()
+    bench.run([Rows(2, max_batch, max_batch)])
+
+
 def test_spec_describes_tensors_by_item(engine, case):
     spec = engine.spec
     items = {t.name: np.zeros((1, *t.shape), t.numpy_dtype) for t in spec.inputs}

@@ -166,6 +166,16 @@ def test_the_smallest_and_the_largest_are_captured_before_the_first_request(tmp_
             assert (calls["execute_async_v3"], calls["cudaGraphLaunch"]) == (0, 1)
 
 
+def test_a_size_that_was_warmed_up_is_a_graph_from_its_first_batch_on(tmp_path):
+    with GpuRig(tmp_path, lanes=2) as rig:
+        for items in (3, 5, 3):
+            rig.engine.warm_up(items)
+        assert [[*lane._graphs] for lane in rig.lanes] == [[1, 8, 3, 5]] * 2, "on each lane, once"
+        for lane in range(2):
+            calls = rig.run(batch_of(5), lane=lane)
+            assert (calls["execute_async_v3"], calls["cudaGraphLaunch"]) == (0, 1)
+
+
 def test_each_lane_has_graphs_of_its_own(tmp_path):
     with GpuRig(tmp_path, lanes=2) as rig:
         for _ in range(3):

@@ -92,6 +92,10 @@ def test_each_batch_is_told_when_its_outputs_are_written(rig):
     assert [said.batch for said in rig.receive()] == [3]
 
 
+def test_every_batch_size_has_run_before_it_is_ready(rig):
+    assert rig.engine.warm == [4, 1, 2, 3]
+
+
 def test_several_batches_in_one_run_are_told_of_together(rig):
     rig.send(run(1, *range(7)))
     (said,) = rig.receive()
