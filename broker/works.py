@@ -122,6 +122,9 @@ class Works:
         totals.copy_out_ns += message.copy_out_ns
         took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
         batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
+        times = (message.copy_in_ns, message.compute_ns, message.copy_out_ns)
+        if batches > 1:  # an item was in one of them
+            times = (times[0] // batches, times[1] // batches, times[2] // batches)
         for work in batch.works:
             lease = work.lease
             if lease.orphaned:
@@ -133,7 +136,7 @@ class Works:
                 totals.urgent_items += work.items
                 totals.urgent_queue_ns += queue_ns * work.items
             move(lease.states, Event.FINISH, work.at, work.count)
-            self._end(work, m.OK, "", (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns))
+            self._end(work, m.OK, "", (queue_ns, *times), message.ended_ns)
             if work.again:
                 self._leasing.grant_again(work)
 
@@ -203,7 +206,9 @@ class Works:
         waited_ms = (self._books.now_ns - work.queued_ns) / 1e6
         self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
 
-    def _end(self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+    def _end(
+        self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] | None = None, ended_ns: int = 0
+    ) -> None:
         """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
         lease = work.lease
         books, producer, model = self._books, lease.producer, lease.model
@@ -213,7 +218,9 @@ class Works:
         else:
             totals.failed_items += work.items
         producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
+        if times is None:  # it never ran, or failed
+            times = (books.now_ns - work.queued_ns, 0, 0, 0)
+        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text, ended_ns))
 
     def _free_orphan(self, work: Work) -> None:
         move(work.lease.states, Event.ORPHAN, work.at, work.count)

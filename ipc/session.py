@@ -227,6 +227,7 @@ class Session:
                 if spare.count == count:
                     state.spares.remove(spare)
                     spare.priority = priority
+                    spare.leased_ns = time.monotonic_ns()
                     return spare
         return None
 
@@ -423,6 +424,7 @@ class Session:
             self._next_seq += 1
             submitted = Submitted(claim, row, seq, given)
             claim.state = SUBMITTED
+            claim.submitted_ns = time.monotonic_ns()
             self._pending[seq] = submitted
             self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number))
         return submitted
@@ -652,6 +654,7 @@ class Session:
             if run.segment != layout.segment or run.first + run.count > layout.slots:
                 raise ProtocolError(f"granted {run.count} slots from {run.first} of {layout.slots}")
             claim = Claim(self, grant.model, lease_id, run.first, 0, run.count)
+            claim.leased_ns = now
             claim.lease_ns = now - request.asked_ns if request is not None else 0
             claims.append(claim)
             self.models[grant.model].held += run.count
@@ -674,6 +677,8 @@ class Session:
             return
         for number, request in asked:
             if request.count == sum(claim.count for claim in claims):
+                for claim in claims:
+                    claim.lease_ns = claim.leased_ns - request.asked_ns
                 self._answer(number, claims)
                 late = self._requests[number] = Request(model, request.count, request.priority)
                 late.abandoned = True
@@ -684,7 +689,7 @@ class Session:
         submitted = self._pending.get(done.seq)
         if submitted is None:
             raise ProtocolError(f"the broker ended work {done.seq}, which is not in flight")
-        if submitted.take(done):
+        if submitted.take(done, time.monotonic_ns()):
             self._finish_work(submitted)
 
     def _finish_work(self, submitted: Submitted) -> None:

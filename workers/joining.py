@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -152,9 +153,9 @@ class Job:
             times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
             if self._left:
                 return None
-        return m.Finished(
-            run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items, batches
-        )
+        copy_in_ns, compute_ns, copy_out_ns, gathered = times
+        ended_ns = time.monotonic_ns()
+        return m.Finished(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches, ended_ns)
 
 
 def cut(rows: Sequence[m.Rows], max_batch: int, items_per_slot: int) -> list[Sequence[m.Rows]]:

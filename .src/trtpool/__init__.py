@@ -42,10 +42,11 @@ from trtpool.ipc.errors import (
     WorkerDied,
     WorkError,
 )
-from trtpool.ipc.handles import Lease, Leases, Phases, Result, Submitted
+from trtpool.ipc.handles import Lease, Leases, Result, Submitted
 from trtpool.ipc.remote import PoolHandle, connect
 from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
 from trtpool.ipc.settings import Priority
+from trtpool.ipc.timings import Timings
 
 __version__ = "0.1.0"
 
@@ -69,7 +70,6 @@ __all__ = [
     "ModelError",
     "ModelReport",
     "NameInUse",
-    "Phases",
     "Pool",
     "PoolBusy",
     "PoolClosed",
@@ -84,6 +84,7 @@ __all__ = [
     "SpentHandle",
     "StartFailed",
     "Submitted",
+    "Timings",
     "TrtpoolError",
     "UsageError",
     "WorkError",

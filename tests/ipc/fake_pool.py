@@ -292,7 +292,7 @@ class FakePool:
             if "x" in given and (given["x"][:, 0] == BAD).any():
                 return m.Failed(run.batch, run.attempt, "a bad item")
             answer(given, out)
-        return m.Finished(run.batch, run.attempt, 1, 2, 3, 0)
+        return m.Finished(run.batch, run.attempt, 1, 2, 3, 0, 1, time.monotonic_ns())
 
 
 class Threads:
