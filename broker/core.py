@@ -65,6 +65,7 @@ class Core:
         models, producers, workers: those of the books.
         violations: what peers sent that no client or worker of ours sends.
         drained: that was said.
+        worker_ends: workers that ended.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Core:
         self.dispatch = Dispatch(books, timers, self.works, self.hangs, max_delay_us * 1000)
         self.drained = False
         self.violations = 0
+        self.worker_ends = 0
         self._events = 0
         self._report, self._reported_at = b"", -1
         self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
@@ -244,6 +246,7 @@ class Core:
         worker = self.workers.pop(event.peer, None)
         if worker is None:
             return
+        self.worker_ends += 1
         self.books.stop_serving(worker)
         worker.watched = False
         how = f"{worker.said} ({event.reason})" if worker.said else event.reason

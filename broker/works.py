@@ -17,6 +17,7 @@ from trtpool.ipc.settings import MAX_ATTEMPTS
 from .batching import Work, halves
 from .books import Books, Refused
 from .leasing import Leasing
+from .meters import LARGEST, NOTE_BYTES, note
 from .records import Batch, Model, Producer, Suspect, Worker
 from .slots import Event, move
 from .timers import Timers
@@ -111,34 +112,53 @@ class Works:
     def finished(self, worker: Worker, message: m.Finished) -> None:
         """A batch has run: its outputs are written."""
         batch = self._take_back(worker, message)
-        self._books.suspects -= batch.alone
-        totals = batch.model.totals
-        batches = message.batches
+        books, model, batches = self._books, batch.model, message.batches
+        now_ns, index = books.now_ns, model.index
+        books.suspects -= batch.alone
+        totals = model.totals
+        copy_in_ns, compute_ns, copy_out_ns = message.copy_in_ns, message.compute_ns, message.copy_out_ns
         totals.batches += batches
         totals.runs += batch.runs + batches - 1
         totals.gathered_items += message.gathered_items
-        totals.copy_in_ns += message.copy_in_ns
-        totals.compute_ns += message.compute_ns
-        totals.copy_out_ns += message.copy_out_ns
-        took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
-        batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
-        times = (message.copy_in_ns, message.compute_ns, message.copy_out_ns)
+        totals.copy_in_ns += copy_in_ns
+        totals.compute_ns += compute_ns
+        totals.copy_out_ns += copy_out_ns
+        ended_ns = message.ended_ns
+        device_ns = (copy_in_ns, compute_ns, copy_out_ns)
         if batches > 1:  # an item was in one of them
-            times = (times[0] // batches, times[1] // batches, times[2] // batches)
+            copy_in_ns, compute_ns, copy_out_ns = (spent // batches for spent in device_ns)
+        model.run_ns += (copy_in_ns + compute_ns + copy_out_ns - model.run_ns) // 8
+        ended = waited_ns = 0
         for work in batch.works:
             lease = work.lease
             if lease.orphaned:
                 self._free_orphan(work)
                 continue
+            items, producer = work.items, lease.producer
             queue_ns = batch.dispatched_ns - work.queued_ns
-            totals.queue_ns += queue_ns * work.items
+            ended += items
+            waited_ns += queue_ns * items
             if work.priority:
-                totals.urgent_items += work.items
-                totals.urgent_queue_ns += queue_ns * work.items
+                totals.urgent_items += items
+                totals.urgent_queue_ns += queue_ns * items
             move(lease.states, Event.FINISH, work.at, work.count)
-            self._end(work, m.OK, "", (queue_ns, *times), message.ended_ns)
+            producer.items += items
+            producer.active_ns[index] = now_ns
+            books.send(
+                producer.peer,
+                m.Done(
+                    lease.id, work.at, work.count, work.seq,
+                    m.OK, queue_ns, copy_in_ns, compute_ns, copy_out_ns, "", ended_ns,
+                ),
+            )  # fmt: skip
             if work.again:
                 self._leasing.grant_again(work)
+        totals.items += ended
+        totals.queue_ns += waited_ns
+        meter = model.meter(worker.gpu)
+        waited_ns = min(waited_ns, LARGEST)  # many items, for weeks
+        note(meter.notes, meter.at, ended, batches, waited_ns, now_ns - batch.dispatched_ns, *device_ns)
+        meter.at += NOTE_BYTES
 
     def failed(self, worker: Worker, message: m.Failed) -> None:
         """A batch has failed, and the worker goes on."""
@@ -206,21 +226,14 @@ class Works:
         waited_ms = (self._books.now_ns - work.queued_ns) / 1e6
         self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
 
-    def _end(
-        self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] | None = None, ended_ns: int = 0
-    ) -> None:
-        """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
-        lease = work.lease
-        books, producer, model = self._books, lease.producer, lease.model
-        totals = model.totals
-        if status == m.OK:
-            totals.items += work.items
-        else:
-            totals.failed_items += work.items
+    def _end(self, work: Work, status: int, text: str) -> None:
+        """Tell the producer that slots, which are DONE, ended without a result."""
+        lease, books = work.lease, self._books
+        producer, model = lease.producer, lease.model
+        model.totals.failed_items += work.items
         producer.active_ns[model.index] = books.now_ns
-        if times is None:  # it never ran, or failed
-            times = (books.now_ns - work.queued_ns, 0, 0, 0)
-        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text, ended_ns))
+        queue_ns = books.now_ns - work.queued_ns
+        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, queue_ns, 0, 0, 0, text))
 
     def _free_orphan(self, work: Work) -> None:
         move(work.lease.states, Event.ORPHAN, work.at, work.count)

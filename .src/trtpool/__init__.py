@@ -43,8 +43,17 @@ from trtpool.ipc.errors import (
     WorkError,
 )
 from trtpool.ipc.handles import Lease, Leases, Result, Submitted
+from trtpool.ipc.histogram import Histogram
 from trtpool.ipc.remote import PoolHandle, connect
-from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.report import (
+    ClassReport,
+    ClientReport,
+    DeviceReport,
+    HolderReport,
+    ModelReport,
+    PoolReport,
+    WorkerReport,
+)
 from trtpool.ipc.settings import Priority
 from trtpool.ipc.timings import Timings
 
@@ -56,11 +65,14 @@ __all__ = [
     "Cancelled",
     "ClassReport",
     "Client",
+    "ClientReport",
     "ConfigError",
     "DeadlineExceeded",
+    "DeviceReport",
     "DeviceUnavailable",
     "EngineFailed",
     "ForkedClient",
+    "Histogram",
     "HolderReport",
     "InvalidInput",
     "Lease",

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from tests.ipc.fake_pool import BAD, NET_S, FakePool, until
+from tests.ipc.fake_pool import BAD, NET_S, until
 from trtpool.ipc import messages as m
-from trtpool.ipc.client import Client
 from trtpool.ipc.errors import Cancelled, EngineFailed
 from trtpool.ipc.timings import PHASES, Timings, timings_of
 
@@ -58,12 +57,12 @@ def test_timings_say_themselves_in_milliseconds():
 
 
 @pytest.fixture
-def pool(make_pool) -> FakePool:
+def pool(make_pool):
     return make_pool()
 
 
 @pytest.fixture
-def client(pool) -> Client:
+def client(pool):
     return pool.connect()
 
 
