@@ -231,6 +231,12 @@ def cli() -> None:
     is_flag=True,
     help="Spin instead of sleeping: lower latency, for a whole CPU each for broker, workers and clients that wait.",
 )
+@click.option(
+    "--slow-ms",
+    type=click.FloatRange(0, 86_400_000),
+    default=0,
+    help="Log requests that take longer, with where their time went, one a second at most [default: none].",
+)
 def start(
     *,
     models: tuple[str, ...],

@@ -46,6 +46,7 @@ from .records import Model, Producer, Request, Worker, producer_cap
 from .reporting import report
 from .slots import Event as SlotEvent
 from .slots import IllegalTransition, move
+from .slow import SlowRequests
 from .timers import Timers, is_due
 from .works import Works
 
@@ -56,7 +57,7 @@ class Core:
     Args:
         models: the layout of each model, in the order that messages number them.
         max_slots_per_producer: see `PoolSettings`.
-        max_delay_us, batch_timeout_s, recall_timeout_s, evict: see `PoolSettings`.
+        max_delay_us, batch_timeout_s, recall_timeout_s, evict, slow_ms: see `PoolSettings`.
         owner_pid: the process that the pool is part of, which is never evicted; 0: none.
         gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
@@ -77,6 +78,7 @@ class Core:
         batch_timeout_s: float = 0.0,
         recall_timeout_s: float = 0.0,
         evict: bool = False,
+        slow_ms: float = 0.0,
         owner_pid: int = 0,
         gpus: int = 0,
         name: str = "default",
@@ -94,7 +96,7 @@ class Core:
         self.recalls = Recalls(books, timers, int(recall_timeout_s * 1e9), evicts=evict, owner_pid=owner_pid)
         self.hangs = Hangs(books, timers, int(batch_timeout_s * 1e9))
         self.leasing = Leasing(books, timers, self.recalls)
-        self.works = Works(books, timers, self.leasing)
+        self.works = Works(books, timers, self.leasing, SlowRequests(books, int(slow_ms * 1e6)))
         self.dispatch = Dispatch(books, timers, self.works, self.hangs, max_delay_us * 1000)
         self.drained = False
         self.violations = 0

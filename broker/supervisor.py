@@ -168,6 +168,7 @@ class Supervisor:
             batch_timeout_s=settings.batch_timeout_s,
             recall_timeout_s=settings.recall_timeout_s,
             evict=settings.evict,
+            slow_ms=settings.slow_ms,
             owner_pid=self._owner_pid,
             busy_poll=settings.busy_poll,
             listener_fd=listener.fileno(),

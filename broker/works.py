@@ -20,16 +20,18 @@ from .leasing import Leasing
 from .meters import LARGEST, NOTE_BYTES, note
 from .records import Batch, Model, Producer, Suspect, Worker
 from .slots import Event, move
+from .slow import SlowRequests
 from .timers import Timers
 
 
 class Works:
-    """See the module's docstring."""
+    """See the module's docstring; `slow` is told of batches that ended."""
 
-    def __init__(self, books: Books, timers: Timers, leasing: Leasing) -> None:
+    def __init__(self, books: Books, timers: Timers, leasing: Leasing, slow: SlowRequests) -> None:
         self._books = books
         self._timers = timers
         self._leasing = leasing
+        self._slow = slow
 
     # ------------------------------------------------------------------ from producers
 
@@ -128,6 +130,8 @@ class Works:
         if batches > 1:  # an item was in one of them
             copy_in_ns, compute_ns, copy_out_ns = (spent // batches for spent in device_ns)
         model.run_ns += (copy_in_ns + compute_ns + copy_out_ns - model.run_ns) // 8
+        if self._slow.limit_ns:
+            self._slow.look(worker, batch, message)
         ended = waited_ns = 0
         for work in batch.works:
             lease = work.lease

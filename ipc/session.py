@@ -8,6 +8,7 @@ to a deque and try to take the lock; if it is taken, its holder sees to it when 
 from __future__ import annotations
 
 import atexit
+import logging
 import operator
 import os
 import threading
@@ -33,8 +34,13 @@ from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
 
+SLOW_EVERY_NS: Final = 1_000_000_000
+"""Between two lines about slow requests, at least."""
+
 CONNECT_TRIES: Final = 3
 """How often to connect: a broker that ends loses who it has not welcomed yet, and another takes over."""
+
+log = logging.getLogger("trtpool.client")
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -156,6 +162,7 @@ class Session:
             for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
         ]
         self.closed = self.forked = False
+        self._slow_told_ns = self._slow_untold = 0
         self._pid = os.getpid()
         self._driver = Driver(self.link, self._take_in, self._has_afterwork, self._unlocked)
         self._background = Background(self._driver)
@@ -199,6 +206,7 @@ class Session:
         self.pool = description.pool
         self.layout: Layout = description.layout
         self.gpus = description.gpus
+        self._slow_ns = int(description.slow_ms * 1e6)
         self.link = TRANSPORTS[transport](lifeline, description, busy_poll)
 
     def check_process(self) -> None:
@@ -698,10 +706,28 @@ class Session:
         claim.state = DONE
         self._driver.finish(submitted)
         self._finished.append(submitted)
+        if self._slow_ns:
+            self._tell_if_slow(submitted)
         if submitted.watched:
             self._background.unwatch()
         if claim.released:
             self._settle(Kept(claim))
+
+    def _tell_if_slow(self, submitted: Submitted) -> None:
+        """Log where the time of a request went, if it took long: from `submit`, or with the wait for its slots."""
+        claim = submitted.claim
+        timings = claim.timings
+        if timings is None or timings.latency_ns + timings.lease_ns < self._slow_ns:
+            return
+        if claim.received_ns < self._slow_told_ns + SLOW_EVERY_NS:
+            self._slow_untold += 1
+            return
+        others = f"; {self._slow_untold} more were slow since the last" if self._slow_untold else ""
+        self._slow_told_ns, self._slow_untold = claim.received_ns, 0
+        log.warning(
+            "slow: lease %d, seq %d, %d slots of %s: %s%s",
+            *(claim.lease_id, submitted.seq, claim.count, claim.model.spec.name, timings, others),
+        )
 
     def _error(self, error: m.Error) -> None:
         kinds: dict[int, type[TrtpoolError]] = {m.BUSY: PoolBusy, m.TOO_LARGE: LeaseTooLarge, m.CLOSING: PoolClosed}

@@ -180,6 +180,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
         busy_poll: have broker, workers and clients spin while they wait, which saves the time that it takes to be woken
             and keeps a whole CPU for each of them busy.
+        slow_ms: log requests that take longer than this, at most one a second, with where their time went, in the
+            broker and in the client; 0: none.
     """
 
     models: tuple[ModelSource, ...]
@@ -203,6 +205,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     recall_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_RECALL_TIMEOUT_S
     evict: bool = False
     busy_poll: bool = False
+    slow_ms: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
 
     def __post_init__(self) -> None:
         if self.evict and not self.recall_timeout_s:
@@ -248,9 +251,9 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
-    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`
-    and `busy_poll` see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never evicted;
-    0: none.  `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With
+    `allow_users` are those who may attach besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`,
+    `busy_poll` and `slow_ms` see `PoolSettings`.  `owner_pid` is the process that the pool is part of, which is never
+    evicted; 0: none.  `table_fd` is where a broker writes down what it does; None: nobody takes over from it.  With
     `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
     """
 
@@ -271,5 +274,6 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     evict: bool = False
     owner_pid: int = 0
     busy_poll: bool = False
+    slow_ms: float = 0.0
     table_fd: int | None = None
     takes_over: bool = False

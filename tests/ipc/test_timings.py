@@ -7,7 +7,6 @@ import time
 import hypothesis.strategies as st
 import msgspec
 import numpy as np
-import pytest
 from hypothesis import given
 
 from tests.ipc.fake_pool import BAD, NET_S, until
@@ -54,16 +53,6 @@ def test_timings_say_themselves_in_milliseconds():
 
 
 # --- In a pool -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pool(make_pool):
-    return make_pool()
-
-
-@pytest.fixture
-def client(pool):
-    return pool.connect()
 
 
 def test_the_times_of_a_request_add_up_to_what_passed(pool, client):
