@@ -237,6 +237,12 @@ def cli() -> None:
     default=0,
     help="Log requests that take longer, with where their time went, one a second at most [default: none].",
 )
+@click.option(
+    "--metrics",
+    default="",
+    metavar="HOST:PORT",
+    help="Serve figures for Prometheus at /metrics there, and /healthz and /readyz, such as on 127.0.0.1:9400.",
+)
 def start(
     *,
     models: tuple[str, ...],
@@ -298,6 +304,8 @@ def _announce(started: supervisor.Started) -> None:
         )
     for number, gpu in enumerate(started.gpus):
         click.echo(f"GPU {number}: {gpu.name} ({gpu.uuid}), {_count(started.workers // len(started.gpus), 'worker')}")
+    if started.metrics:
+        click.echo(f"metrics: {started.metrics}")
     place = _count(len(started.gpus), "GPU") if started.gpus else "the CPU"
     _say(
         f"ready: pool {started.name!r} with {_count(started.workers, 'worker')} on {place}, "

@@ -182,6 +182,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             and keeps a whole CPU for each of them busy.
         slow_ms: log requests that take longer than this, at most one a second, with where their time went, in the
             broker and in the client; 0: none.
+        metrics: serve figures for Prometheus, and /healthz and /readyz, on this ``HOST:PORT``; empty: do not.
     """
 
     models: tuple[ModelSource, ...]
@@ -206,6 +207,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     evict: bool = False
     busy_poll: bool = False
     slow_ms: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
+    metrics: Annotated[str, msgspec.Meta(max_length=300)] = ""
 
     def __post_init__(self) -> None:
         if self.evict and not self.recall_timeout_s:
