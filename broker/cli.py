@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `status`, `stop`.
+"""The command line: `trtpool start`, `build`, `status`, `top`, `stop`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -7,7 +7,7 @@ error and an exit code of its own; `trtpool --help` prints their table.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +31,8 @@ from trtpool.ipc.settings import (
 
 from . import supervisor
 from .cli_build import build, build_options
+from .cli_options import pool_options
+from .cli_top import top
 from .gpus import gpu_list
 from .pool import make_settings
 from .users import user_ids
@@ -106,17 +108,6 @@ def _parse_users(_ctx: click.Context, _parameter: click.Parameter, values: Seque
         raise click.BadParameter(str(error)) from error
 
 
-def _pool_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which pool is meant."""
-    name = click.option("--name", default="default", show_default=True, help="The pool's name.")
-    run_dir = click.option(
-        "--run-dir",
-        type=click.Path(path_type=Path),
-        help="Its run directory [default: $TRTPOOL_RUN_DIR, or a directory for the name].",
-    )
-    return name(run_dir(command))
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
@@ -130,13 +121,14 @@ def cli() -> None:
       trtpool build resnet50.onnx -o resnet50.plan --fp16
       trtpool start det=a.onnx cls=b.onnx --name ocr
       trtpool status --json
+      trtpool top --name ocr
       trtpool stop --name ocr
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
 
 
 @cli.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@_pool_options
+@pool_options
 @click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
 @click.option(
     "--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
@@ -318,7 +310,7 @@ def _count(number: int, what: str) -> str:
 
 
 @cli.command()
-@_pool_options
+@pool_options
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def status(name: str, run_dir: Path | None, as_json: bool) -> None:
     """Show what a pool is doing."""
@@ -331,7 +323,7 @@ def status(name: str, run_dir: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@_pool_options
+@pool_options
 @click.option(
     "--timeout-s",
     type=click.FloatRange(0),
@@ -351,6 +343,7 @@ def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
 
 
 cli.add_command(build)
+cli.add_command(top)
 
 
 def main() -> None:
