@@ -216,6 +216,7 @@ class Admission:
             layout=self._config.layout,
             gpus=self._config.gpus,
             busy_poll=self._config.busy_poll,
+            slow_ms=self._config.slow_ms,
         )
         try:
             lifeline.send_packet(peer.sock, description, [self._config.arena_fd])

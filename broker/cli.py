@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `status`, `stop`, `doctor`.
+"""The command line: `trtpool start`, `build`, `status`, `top`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -7,7 +7,7 @@ error and an exit code of its own; `trtpool --help` prints their table.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,6 +32,8 @@ from trtpool.ipc.settings import (
 from . import supervisor
 from .cli_build import build, build_options
 from .cli_logs import log_options
+from .cli_options import pool_options
+from .cli_top import top
 from .cli_types import PER_MODEL, PerModel, only_by_model, per_model_option, split
 from .config_file import with_file
 from .doctor.cli import doctor
@@ -110,17 +112,6 @@ def _parse_users(_ctx: click.Context, _parameter: click.Parameter, values: Seque
         raise click.BadParameter(str(error)) from error
 
 
-def _pool_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Options that say which pool is meant."""
-    name = click.option("--name", default="default", show_default=True, help="The pool's name.")
-    run_dir = click.option(
-        "--run-dir",
-        type=click.Path(path_type=Path),
-        help="Its run directory [default: $TRTPOOL_RUN_DIR, or a directory for the name].",
-    )
-    return name(run_dir(command))
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def cli() -> None:
@@ -135,6 +126,7 @@ def cli() -> None:
       trtpool start det=a.onnx cls=b.onnx --name ocr --slots det=32 --slots cls=512 --weight det=3
       trtpool start --config pool.toml
       trtpool status --json
+      trtpool top --name ocr
       trtpool stop --name ocr
       trtpool doctor
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
@@ -149,7 +141,7 @@ def cli() -> None:
     metavar="FILE",
     help="A TOML file with models and options; the command line goes before it.  See docs/configuration.md.",
 )
-@_pool_options
+@pool_options
 @click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
 @click.option(
     "--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
@@ -248,6 +240,18 @@ def cli() -> None:
     default=False,
     help="Spin instead of sleeping: lower latency, for a whole CPU each for broker, workers and clients that wait.",
 )
+@click.option(
+    "--slow-ms",
+    type=click.FloatRange(0, 86_400_000),
+    default=0,
+    help="Log requests that take longer, with where their time went, one a second at most [default: none].",
+)
+@click.option(
+    "--metrics",
+    default="",
+    metavar="HOST:PORT",
+    help="Serve figures for Prometheus at /metrics there, and /healthz and /readyz, such as on 127.0.0.1:9400.",
+)
 @log_options
 def start(
     *,
@@ -306,6 +310,8 @@ def _announce(started: supervisor.Started) -> None:
         )
     for number, gpu in enumerate(started.gpus):
         click.echo(f"GPU {number}: {gpu.name} ({gpu.uuid}), {_count(started.workers // len(started.gpus), 'worker')}")
+    if started.metrics:
+        click.echo(f"metrics: {started.metrics}")
     place = _count(len(started.gpus), "GPU") if started.gpus else "the CPU"
     _say(
         f"ready: pool {started.name!r} with {_count(started.workers, 'worker')} on {place}, "
@@ -318,7 +324,7 @@ def _count(number: int, what: str) -> str:
 
 
 @cli.command()
-@_pool_options
+@pool_options
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def status(name: str, run_dir: Path | None, as_json: bool) -> None:
     """Show what a pool is doing."""
@@ -331,7 +337,7 @@ def status(name: str, run_dir: Path | None, as_json: bool) -> None:
 
 
 @cli.command()
-@_pool_options
+@pool_options
 @click.option(
     "--timeout-s",
     type=click.FloatRange(0),
@@ -352,6 +358,7 @@ def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
 
 cli.add_command(build)
 cli.add_command(doctor)
+cli.add_command(top)
 
 
 def main() -> None:

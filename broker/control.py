@@ -146,3 +146,17 @@ class SuperviseConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     settings: PoolSettings
     parent_pid: int
     answer_fd: int
+
+
+class MetricsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Standard input of `python -m trtpool.broker.metrics`, as JSON.
+
+    Attributes:
+        parent_pid: the supervisor, with which it ends.
+        listener_fd: an inherited TCP socket that listens.
+        run_dir: the pool's.
+    """
+
+    parent_pid: int
+    listener_fd: int
+    run_dir: str

@@ -47,6 +47,7 @@ from .records import Model, Producer, Request, Worker, producer_cap
 from .reporting import report
 from .slots import Event as SlotEvent
 from .slots import IllegalTransition, move
+from .slow import SlowRequests
 from .timers import Timers, is_due
 from .works import Works
 
@@ -57,7 +58,7 @@ class Core:
     Args:
         models: the layout of each model, in the order that messages number them.
         terms: for each model, in that order; by default, for all of them, `max_slots_per_producer` and `max_delay_us`.
-        max_slots_per_producer, max_delay_us, batch_timeout_s, recall_timeout_s, evict: see `PoolSettings`.
+        max_slots_per_producer, max_delay_us, batch_timeout_s, recall_timeout_s, evict, slow_ms: see `PoolSettings`.
         owner_pid: the process that the pool is part of, which is never evicted; 0: none.
         gpus: how many GPUs the pool has; 0 on the CPU.
         name, epoch, arena_bytes, started_ns: for reports.
@@ -66,6 +67,7 @@ class Core:
         models, producers, workers: those of the books.
         violations: what peers sent that no client or worker of ours sends.
         drained: that was said.
+        worker_ends: workers that ended.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Core:
         batch_timeout_s: float = 0.0,
         recall_timeout_s: float = 0.0,
         evict: bool = False,
+        slow_ms: float = 0.0,
         owner_pid: int = 0,
         gpus: int = 0,
         name: str = "default",
@@ -97,10 +100,11 @@ class Core:
         self.recalls = Recalls(books, timers, int(recall_timeout_s * 1e9), evicts=evict, owner_pid=owner_pid)
         self.hangs = Hangs(books, timers, int(batch_timeout_s * 1e9))
         self.leasing = Leasing(books, timers, self.recalls)
-        self.works = Works(books, timers, self.leasing)
+        self.works = Works(books, timers, self.leasing, SlowRequests(books, int(slow_ms * 1e6)))
         self.dispatch = Dispatch(books, timers, self.works, self.hangs)
         self.drained = False
         self.violations = 0
+        self.worker_ends = 0
         self._events = 0
         self._report, self._reported_at = b"", -1
         self._event_handlers: dict[type[Any], Callable[[Any], None]] = {
@@ -248,6 +252,7 @@ class Core:
         worker = self.workers.pop(event.peer, None)
         if worker is None:
             return
+        self.worker_ends += 1
         self.books.stop_serving(worker)
         worker.watched = False
         how = f"{worker.said} ({event.reason})" if worker.said else event.reason

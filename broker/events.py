@@ -100,8 +100,15 @@ class Evict(NamedTuple):
     text: str
 
 
+class Slow(NamedTuple):
+    """Work of a client took longer than the pool's limit; see `slow`."""
+
+    peer: int
+    text: str
+
+
 class Drained(NamedTuple):
     """No work is left; said once, after Drain."""
 
 
-Action: TypeAlias = Send | Forget | WorkerReady | Hung | Overdue | Evict | Drained
+Action: TypeAlias = Send | Forget | WorkerReady | Hung | Overdue | Evict | Slow | Drained

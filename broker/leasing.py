@@ -74,7 +74,7 @@ class Leasing:
             self._lease_now(producer, model, message)
             return
         deadline = 0 if message.wait_ns is None else books.now_ns + message.wait_ns
-        waiting = Request(producer, model, request, message.count, deadline, message.priority)
+        waiting = Request(producer, model, request, message.count, deadline, message.priority, books.now_ns)
         model.add_request(waiting)
         if deadline:
             self._timers.start(deadline, waiting)
@@ -90,6 +90,7 @@ class Leasing:
             may = self._may_go_first(producer, model, message)
         if not (may and self._grant(producer, model, message.request, message.count)):
             raise Refused(m.BUSY, _busy_text(producer, model, message.count), message.request)
+        model.lease_waits[0] += 1
 
     @staticmethod
     def _may_go_first(producer: Producer, model: Model, message: m.Lease) -> bool:
@@ -120,6 +121,9 @@ class Leasing:
                 break
             (model.waiting if request is bulk else model.urgent).popleft()
             request.end()
+            waited_ns = self._books.now_ns - request.asked_ns
+            model.lease_waits[(waited_ns * waited_ns).bit_length()] += 1
+            model.lease_wait_ns += waited_ns
             model.overtaken = 0 if request is bulk else model.overtaken + (bulk is not None)
 
     @staticmethod

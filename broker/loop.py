@@ -314,6 +314,7 @@ def _core(config: BrokerConfig) -> Core:
         batch_timeout_s=config.batch_timeout_s,
         recall_timeout_s=config.recall_timeout_s,
         evict=config.evict,
+        slow_ms=config.slow_ms,
         owner_pid=config.owner_pid,
         gpus=config.gpus,
         name=config.name,

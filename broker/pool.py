@@ -149,7 +149,8 @@ class Pool(Client):
         run_dir: its run directory; by default one for that name.
         workers: processes of a pool on the CPU; 1 by default.
         workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
-            drain_timeout_s, batch_timeout_s, start_timeout_s, recall_timeout_s, evict, busy_poll: see
+            drain_timeout_s, batch_timeout_s, start_timeout_s, recall_timeout_s, evict, busy_poll, slow_ms,
+            metrics: see
             `trtpool.ipc.settings.PoolSettings`.  This process itself is never evicted.
         allow_users: names or numbers of users who may attach besides this one; `run_dir` must then be in a place
             that they can get to.  See docs/security.md for what that trusts them with.
@@ -190,6 +191,8 @@ class Pool(Client):
         recall_timeout_s: float = DEFAULT_RECALL_TIMEOUT_S,
         evict: bool = False,
         busy_poll: bool = False,
+        slow_ms: float = 0.0,
+        metrics: str = "",
         transport: str = DEFAULT_TRANSPORT,
     ) -> None:
         self._session = None
@@ -227,6 +230,8 @@ class Pool(Client):
             recall_timeout_s=recall_timeout_s,
             evict=evict,
             busy_poll=busy_poll,
+            slow_ms=slow_ms,
+            metrics=metrics,
         )
         self._owner = os.getpid()
         self._drain_timeout_s = drain_timeout_s

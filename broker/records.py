@@ -17,10 +17,12 @@ from itertools import chain
 from operator import attrgetter
 from typing import Final
 
+from trtpool.ipc.histogram import BUCKETS
 from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.settings import BULK
 
 from .batching import Work, WorkQueue
+from .meters import NOTES_BYTES, Meter
 from .slots import Ring
 
 OVERTAKES: Final = 4
@@ -64,14 +66,24 @@ class Request:
 
     Attributes:
         deadline_ns: 0: for ever.
+        asked_ns: since when it waits.
         number: rises in order of arrival, among those of its model.
         recalled: others were asked for what they hold idle.
     """
 
-    __slots__ = ("count", "deadline_ns", "model", "number", "over", "priority", "producer", "recalled", "request")
+    __slots__ = (
+        "asked_ns", "count", "deadline_ns", "model", "number", "over", "priority", "producer", "recalled", "request",
+    )  # fmt: skip
 
     def __init__(
-        self, producer: Producer, model: Model, request: int, count: int, deadline_ns: int, priority: int = BULK
+        self,
+        producer: Producer,
+        model: Model,
+        request: int,
+        count: int,
+        deadline_ns: int,
+        priority: int = BULK,
+        asked_ns: int = 0,
     ) -> None:
         self.producer = producer
         self.model = model
@@ -79,6 +91,7 @@ class Request:
         self.count = count
         self.deadline_ns = deadline_ns
         self.priority = priority
+        self.asked_ns = asked_ns
         self.over = False
         self.recalled = False
         model.asked += 1
@@ -100,6 +113,7 @@ class Producer:
     Attributes:
         pid: its process; 0: not known.
         held: its slots of each model.
+        items: of its that ended with a result.
         active_ns: for each model, when it was last granted, submitted, released or told the end of anything.
         overdue_ns: for each model, when it was last found to hold slots that others waited for too long.
         evicted_ns: when its process was to be killed; 0: never.
@@ -107,12 +121,13 @@ class Producer:
         waiting: its requests that are not answered.
     """
 
-    __slots__ = ("active_ns", "closed", "evicted_ns", "held", "leases", "overdue_ns", "peer", "pid", "waiting")
+    __slots__ = ("active_ns", "closed", "evicted_ns", "held", "items", "leases", "overdue_ns", "peer", "pid", "waiting")
 
     def __init__(self, peer: int, models: int, pid: int = 0) -> None:
         self.peer = peer
         self.pid = pid
         self.held = [0] * models
+        self.items = 0
         self.active_ns = [0] * models
         self.overdue_ns = [0] * models
         self.evicted_ns = 0
@@ -247,6 +262,8 @@ class Model:
 
     Attributes:
         lines: grows by one for each GPU that work is pinned to.
+        meters: what was done, by the pool's number for the GPU, or None on the CPU.
+        lease_waits, lease_wait_ns: how long requests for slots waited; a histogram, and its sum.
         waiting, urgent: bulk and interactive requests, in order of arrival.
         parked: requests that were found to be above their client's own cap, until it gives slots back.
         asked: requests that ever waited.
@@ -260,9 +277,9 @@ class Model:
     """
 
     __slots__ = (
-        "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lines", "max_batch", "max_delay_ns",
-        "overtaken", "parked", "ring", "run_ns", "segment", "short_ns", "spares", "totals", "unasked", "urgent",
-        "waiting", "watched", "weight",
+        "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lease_wait_ns", "lease_waits",
+        "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "ring", "run_ns", "segment", "short_ns",
+        "spares", "totals", "unasked", "urgent", "waiting", "watched", "weight",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int, max_delay_ns: int = 0, weight: int = 1) -> None:
@@ -289,6 +306,18 @@ class Model:
         self.spares = 0  # slots that were granted in advance, and that nothing was done with yet
         self.run_ns = 1_000_000  # of a batch, averaged over the last few; the first are taken for long
         self.totals = Totals()
+        self.meters: dict[int | None, Meter] = {}
+        self.lease_waits = [0] * BUCKETS
+        self.lease_wait_ns = 0
+
+    def meter(self, gpu: int | None) -> Meter:
+        """Where to note what was done on a GPU, or on the CPU; it has room for a note."""
+        meter = self.meters.get(gpu)
+        if meter is None:
+            meter = self.meters[gpu] = Meter()
+        elif meter.at == NOTES_BYTES:
+            meter.count()
+        return meter
 
     def requests(self) -> list[Request]:
         """Those that wait and are not over, interactive ones first, each class in order of arrival."""

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Final
 
-from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.histogram import Histogram
+from trtpool.ipc.report import (
+    ClassReport,
+    ClientReport,
+    DeviceReport,
+    HolderReport,
+    ModelReport,
+    PoolReport,
+    WorkerReport,
+)
 
+from .meters import HISTOGRAMS, Meter
 from .recall import is_overdue
 from .records import Model, Producer, Totals
 from .slots import State
@@ -17,7 +28,11 @@ LARGEST: Final = 2**63 - 1
 """A worker that lies must not make a sum that JSON's 64 bits cannot hold, and so end the broker."""
 
 MAX_HOLDERS: Final = 16
+MAX_CLIENTS: Final = 32
 """Clients in a report, which must fit in a frame."""
+
+MAX_METERS: Final = 64
+"""Histograms of so many models and GPUs; of more, those of a model are taken together."""
 
 
 def report(core: Core) -> PoolReport:
@@ -37,6 +52,8 @@ def report(core: Core) -> PoolReport:
         ),
         models=tuple(_report_model(core, model) for model in core.models),
         holders=_holders(core),
+        clients=_clients(core),
+        worker_ends=core.worker_ends,
     )
 
 
@@ -49,6 +66,32 @@ def _holders(core: Core) -> tuple[HolderReport, ...]:
     ]
     held.sort(key=lambda one: one[:2], reverse=True)
     return tuple(_holder(core, producer, model) for _, _, producer, model in held[:MAX_HOLDERS])
+
+
+def _clients(core: Core) -> tuple[ClientReport, ...]:
+    busiest = heapq.nlargest(MAX_CLIENTS, core.producers.values(), key=lambda one: one.items)
+    return tuple(
+        ClientReport(one.peer, one.pid, min(one.items, LARGEST), len(one.leases), sum(one.held), one.waiting)
+        for one in busiest
+    )
+
+
+def _devices(core: Core, model: Model) -> tuple[DeviceReport, ...]:
+    devices = [_device(gpu, meter) for gpu, meter in model.meters.items()]
+    if len(devices) > 1 and sum(len(one.meters) for one in core.models) > MAX_METERS:
+        return (_together(devices),)
+    return tuple(devices)
+
+
+def _device(gpu: int | None, meter: Meter) -> DeviceReport:
+    meter.count()
+    return DeviceReport(gpu, meter.items, meter.batches, **{name: meter.histogram(name) for name in HISTOGRAMS})
+
+
+def _together(devices: list[DeviceReport]) -> DeviceReport:
+    items, batches = sum(one.items for one in devices), sum(one.batches for one in devices)
+    histograms = {name: sum((getattr(one, name) for one in devices), Histogram()) for name in HISTOGRAMS}
+    return DeviceReport(-1, items, batches, **histograms)
 
 
 def _holder(core: Core, producer: Producer, model: Model) -> HolderReport:
@@ -100,4 +143,6 @@ def _report_model(core: Core, model: Model) -> ModelReport:
             items=figures["items"] - urgent.items,
             queue_ns=figures["queue_ns"] - urgent.queue_ns,
         ),
+        leases=Histogram.of(model.lease_waits, min(model.lease_wait_ns, LARGEST)),
+        devices=_devices(core, model),
     )

@@ -13,8 +13,11 @@ from typing import Any, Final
 
 import msgspec
 
+from trtpool.ipc.histogram import Histogram
+
 from .batching import Work
 from .core import Core
+from .meters import Meter, SavedMeter
 from .records import Batch, LeaseRecord, Line, Model, Producer, Request, Suspect, Totals, Worker
 from .timers import is_due
 
@@ -69,6 +72,7 @@ class _Producer(_Saved, frozen=True):
     peer: int
     pid: int
     closed: bool
+    items: int
     active_ns: list[int]
     overdue_ns: list[int]
     evicted_ns: int
@@ -95,6 +99,7 @@ class _Request(_Saved, frozen=True):
     deadline_ns: int
     recalled: bool
     priority: int
+    asked_ns: int
 
 
 class _Line(_Saved, frozen=True):
@@ -114,6 +119,8 @@ class _Model(_Saved, frozen=True):
     watched: bool
     evict_ns: int
     totals: list[int]
+    meters: list[SavedMeter]
+    lease_waits: Histogram
     waiting: list[_Request]
     unasked: list[int]
     lines: list[_Line]
@@ -129,6 +136,7 @@ class _Core(_Saved, frozen=True):
     draining: bool
     drained: bool
     violations: int
+    worker_ends: int
     producers: list[_Producer]
     workers: list[_Worker]
     serving: list[int]
@@ -151,10 +159,11 @@ def save(core: Core) -> bytes:
     return _encode(
         _Core(
             *(core.leasing.next_lease, core.dispatch.next_batch, core.timers.started, core.now_ns),
-            *(core.books.draining, core.drained, core.violations),
+            *(core.books.draining, core.drained, core.violations, core.worker_ends),
             [
                 _Producer(
-                    *(one.peer, one.pid, one.closed, one.active_ns, one.overdue_ns, one.evicted_ns), _save_leases(one)
+                    *(one.peer, one.pid, one.closed, min(one.items, LARGEST), one.active_ns, one.overdue_ns),
+                    *(one.evicted_ns, _save_leases(one)),
                 )
                 for one in core.producers.values()
             ],
@@ -178,7 +187,7 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
         producer = core.producers[one.peer] = Producer(one.peer, len(core.models), one.pid)
         producer.closed = one.closed
         producer.active_ns, producer.overdue_ns = list(one.active_ns), list(one.overdue_ns)
-        producer.evicted_ns = one.evicted_ns
+        producer.evicted_ns, producer.items = one.evicted_ns, one.items
         for lease in one.leases:
             leases[lease.id] = _restore_lease(core, producer, lease)
     for model, kept in zip(core.models, data.models, strict=True):
@@ -188,7 +197,7 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
     core.books.serving = [core.workers[peer] for peer in data.serving]
     core.leasing.next_lease, core.dispatch.next_batch = data.next_lease, data.next_batch
     core.books.now_ns, core.books.draining, core.drained = data.now_ns, data.draining, data.drained
-    core.violations = data.violations
+    core.violations, core.worker_ends = data.violations, data.worker_ends
     core.books.urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
     core.books.suspects = sum(len(line.suspects) for model in core.models for line in model.lines) + sum(
         batch.alone for worker in core.workers.values() for batch in worker.batches.values()
@@ -259,8 +268,13 @@ def _save_model(model: Model, virtual: int) -> _Model:
         max(-LARGEST, min(model.finish - virtual, LARGEST)),
         *(model.overtaken, model.short_ns, model.watched, model.evict_ns),
         [min(getattr(model.totals, name), LARGEST) for name in Totals.__slots__],
+        [meter.save(gpu) for gpu, meter in model.meters.items()],
+        Histogram.of(model.lease_waits, min(model.lease_wait_ns, LARGEST)),
         [
-            _Request(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority)
+            _Request(
+                *(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority),
+                one.asked_ns,
+            )
             for one in model.requests()
         ],
         [producer.peer for producer in model.unasked],
@@ -306,20 +320,22 @@ def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, Le
     model.short_ns, model.watched, model.evict_ns = saved.short_ns, saved.watched, saved.evict_ns
     for name, total in zip(Totals.__slots__, saved.totals, strict=True):
         setattr(model.totals, name, total)
+    model.meters = {kept.gpu: Meter(kept) for kept in saved.meters}
+    model.lease_waits, model.lease_wait_ns = saved.lease_waits.dense(), saved.lease_waits.total
     for one in saved.waiting:
         producer = core.producers[one.producer]
-        request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority)
+        request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority, one.asked_ns)
         request.recalled = one.recalled
         model.add_request(request)
     model.unasked = dict.fromkeys(core.producers[peer] for peer in saved.unasked)
-    for kept in saved.lines:
-        line = model.line(kept.gpu)
-        line.hold_until_ns = kept.hold_until_ns
-        for work in _restore_works(kept.queue, leases):
+    for queued in saved.lines:
+        line = model.line(queued.gpu)
+        line.hold_until_ns = queued.hold_until_ns
+        for work in _restore_works(queued.queue, leases):
             line.queue.add(work)
-        for work in _restore_works(kept.urgent, leases):
+        for work in _restore_works(queued.urgent, leases):
             line.urgent.add(work)
-        line.suspects = deque(Suspect(_restore_works(works, leases), attempt) for attempt, works in kept.suspects)
+        line.suspects = deque(Suspect(_restore_works(works, leases), attempt) for attempt, works in queued.suspects)
 
 
 def _restore_worker(core: Core, saved: _Worker, leases: dict[int, LeaseRecord]) -> Worker:

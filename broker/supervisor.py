@@ -33,6 +33,7 @@ from . import control as c
 from .broker_link import BrokerLink
 from .children import Children
 from .crew import Crew, sooner
+from .exporter import Exporter, listen
 from .journal import create_table, journal_bytes
 from .planning import inspect, is_plan, lay_out, probe, requests
 from .signals import Signals, Stopped
@@ -45,13 +46,14 @@ END_GRACE_S: Final = 10.0
 
 
 class Started(NamedTuple):
-    """What is running, when it is; `workers` counts the processes, the same number on each GPU."""
+    """What is running, when it is; `workers` counts the processes, the same number on each GPU.  `metrics` is a URL."""
 
     name: str
     run_dir: Path
     layout: Layout
     workers: int
     gpus: tuple[GpuInfo, ...] = ()
+    metrics: str = ""
 
 
 class Supervisor:
@@ -85,6 +87,7 @@ class Supervisor:
         self._signals = Signals(self._epoll)
         self._children = Children(self._epoll)
         self._link = BrokerLink(self._epoll)
+        self._exporter: Exporter | None = None
         self._serving = self._draining = False
 
     def run(self) -> int:
@@ -105,6 +108,9 @@ class Supervisor:
     # ------------------------------------------------------------------ starting
 
     def _start(self) -> None:
+        if self._settings.metrics:
+            listener = self._stack.enter_context(listen(self._settings.metrics))
+            self._exporter = Exporter(self._settings, self._children, listener)
         shared = bool(self._settings.allow_users)
         run_dir = RunDir.claim(Path(self._settings.run_dir), shared=shared)
         self._stack.callback(run_dir.release)
@@ -119,12 +125,15 @@ class Supervisor:
         self._stack.callback(self._children.close)  # before the link: no child shall see the end of that
         self._succession.start()
         self._wait_for(lambda: self._succession.ready)
+        if self._exporter is not None:
+            self._exporter.start()
         self._crew.start_all()
         self._wait_for(lambda: self._crew.ready)
         self._serving = True
         self._warn_of_spinning()
         log.info("pool %r is ready in %s", settings.name, run_dir.path)
-        self._announce(Started(settings.name, run_dir.path, config.layout, len(self._crew.places), gpus))
+        url = self._exporter.url if self._exporter is not None else ""
+        self._announce(Started(settings.name, run_dir.path, config.layout, len(self._crew.places), gpus, url))
 
     def _warn_of_spinning(self) -> None:
         """Processes that spin and have to share a CPU make each other wait."""
@@ -170,6 +179,7 @@ class Supervisor:
             batch_timeout_s=settings.batch_timeout_s,
             recall_timeout_s=settings.recall_timeout_s,
             evict=settings.evict,
+            slow_ms=settings.slow_ms,
             owner_pid=self._owner_pid,
             busy_poll=settings.busy_poll,
             listener_fd=listener.fileno(),
@@ -193,7 +203,8 @@ class Supervisor:
 
     def _look_after_workers(self) -> float | None:
         """Start and kill workers whose time has come; returns the seconds until the next has."""
-        return sooner(self._crew.start_due(), self._crew.end_late())
+        due = sooner(self._crew.start_due(), self._crew.end_late())
+        return due if self._exporter is None else sooner(due, self._exporter.start_due())
 
     def _step(self, timeout_s: float | None) -> None:
         """Sleep until something happens, and take note of it."""
@@ -208,6 +219,9 @@ class Supervisor:
     def _child_ended(self, pidfd: int) -> None:
         place = self._crew.at(pidfd)
         returncode = self._children.reap(pidfd)
+        if self._exporter is not None and self._exporter.is_child(pidfd):
+            self._exporter.ended(returncode)
+            return
         if place is None:
             self._succession.ended(returncode, serving=self._serving, draining=self._draining)
             return
@@ -234,6 +248,8 @@ class Supervisor:
                 log.error("stopped with work in flight, which is lost")
                 return 1
             self._step(sooner(left, due))
+        if self._exporter is not None:
+            self._exporter.stop()
         deadline = time.monotonic() + END_GRACE_S
         while self._children and self._signals.asked <= 1 and (left := deadline - time.monotonic()) > 0:
             self._step(left)

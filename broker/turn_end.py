@@ -120,7 +120,7 @@ class TurnEnd:
                     self._control.tell(c.WorkerIsReady(peer.worker))
             elif isinstance(action, e.Hung):
                 self._end_worker(action)
-            elif isinstance(action, e.Overdue):
+            elif isinstance(action, (e.Overdue, e.Slow)):
                 log.warning("%s", action.text)
             elif isinstance(action, e.Evict):
                 self._evict(action)

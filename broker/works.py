@@ -17,18 +17,21 @@ from trtpool.ipc.settings import MAX_ATTEMPTS
 from .batching import Work, halves
 from .books import Books, Refused
 from .leasing import Leasing
+from .meters import LARGEST, NOTE_BYTES, note
 from .records import Batch, Model, Producer, Suspect, Worker
 from .slots import FINISH, SUBMIT, Event, move
+from .slow import SlowRequests
 from .timers import Timers
 
 
 class Works:
-    """See the module's docstring."""
+    """See the module's docstring; `slow` is told of batches that ended."""
 
-    def __init__(self, books: Books, timers: Timers, leasing: Leasing) -> None:
+    def __init__(self, books: Books, timers: Timers, leasing: Leasing, slow: SlowRequests) -> None:
         self._books = books
         self._timers = timers
         self._leasing = leasing
+        self._slow = slow
 
     # ------------------------------------------------------------------ from producers
 
@@ -111,37 +114,57 @@ class Works:
     def finished(self, worker: Worker, message: m.Finished) -> None:
         """A batch has run: its outputs are written."""
         batch = self._take_back(worker, message)
-        self._books.suspects -= batch.alone
-        totals = batch.model.totals
-        batches = message.batches
+        books, model, batches = self._books, batch.model, message.batches
+        now_ns, index = books.now_ns, model.index
+        books.suspects -= batch.alone
+        totals = model.totals
+        copy_in_ns, compute_ns, copy_out_ns = message.copy_in_ns, message.compute_ns, message.copy_out_ns
         totals.batches += batches
         totals.runs += batch.runs + batches - 1
         totals.gathered_items += message.gathered_items
-        totals.copy_in_ns += message.copy_in_ns
-        totals.compute_ns += message.compute_ns
-        totals.copy_out_ns += message.copy_out_ns
-        took_ns = message.copy_in_ns + message.compute_ns + message.copy_out_ns
-        batch.model.run_ns += (took_ns // batches - batch.model.run_ns) // 8
-        index, now_ns, send = batch.model.index, self._books.now_ns, self._books.send
-        times = (message.copy_in_ns, message.compute_ns, message.copy_out_ns)
-        self._books.shares.settle(batch.model, batch.expected_ns, took_ns)
+        totals.copy_in_ns += copy_in_ns
+        totals.compute_ns += compute_ns
+        totals.copy_out_ns += copy_out_ns
+        ended_ns = message.ended_ns
+        device_ns = (copy_in_ns, compute_ns, copy_out_ns)
+        took_ns = sum(device_ns)
+        if batches > 1:  # an item was in one of them
+            copy_in_ns, compute_ns, copy_out_ns = (spent // batches for spent in device_ns)
+        model.run_ns += (took_ns // batches - model.run_ns) // 8
+        books.shares.settle(model, batch.expected_ns, took_ns)
+        if self._slow.limit_ns:
+            self._slow.look(worker, batch, message)
+        send = books.send
+        ended = waited_ns = 0
         for work in batch.works:
             lease, items, at, count = work.lease, work.items, work.at, work.count
             if lease.orphaned:
                 self._free_orphan(work)
                 continue
             queue_ns = batch.dispatched_ns - work.queued_ns
-            totals.items += items
-            totals.queue_ns += queue_ns * items
+            ended += items
+            waited_ns += queue_ns * items
             if work.priority:
                 totals.urgent_items += items
                 totals.urgent_queue_ns += queue_ns * items
             move(lease.states, FINISH, at, count)
             producer = lease.producer
+            producer.items += items
             producer.active_ns[index] = now_ns
-            send(producer.peer, m.Done(lease.id, at, count, work.seq, m.OK, queue_ns, *times))
+            send(
+                producer.peer,
+                m.Done(
+                    lease.id, at, count, work.seq, m.OK, queue_ns, copy_in_ns, compute_ns, copy_out_ns, "", ended_ns
+                ),
+            )
             if work.again:
                 self._leasing.grant_again(work)
+        totals.items += ended
+        totals.queue_ns += waited_ns
+        meter = model.meter(worker.gpu)
+        waited_ns = min(waited_ns, LARGEST)  # many items, for weeks
+        note(meter.notes, meter.at, ended, batches, waited_ns, now_ns - batch.dispatched_ns, *device_ns)
+        meter.at += NOTE_BYTES
 
     def failed(self, worker: Worker, message: m.Failed) -> None:
         """A batch has failed, and the worker goes on."""
@@ -211,11 +234,12 @@ class Works:
 
     def _fail(self, work: Work, status: int, text: str) -> None:
         """Tell the producer that slots, which are DONE, ended without a result."""
-        lease = work.lease
-        books, producer, model = self._books, lease.producer, lease.model
+        lease, books = work.lease, self._books
+        producer, model = lease.producer, lease.model
         model.totals.failed_items += work.items
         producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, 0, 0, 0, 0, text))
+        queue_ns = books.now_ns - work.queued_ns
+        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, queue_ns, 0, 0, 0, text))
 
     def _free_orphan(self, work: Work) -> None:
         move(work.lease.states, Event.ORPHAN, work.at, work.count)

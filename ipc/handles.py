@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, Spe
 from .layout import ModelLayout, Plane
 from .logs import work_id
 from .settings import BULK, Priority
+from .timings import Timings, timings_of
 
 if TYPE_CHECKING:
     from .session import Session
@@ -52,29 +53,20 @@ _WORK_ERRORS: dict[int, type[WorkError]] = {
 }
 
 
-class Phases(NamedTuple):
-    """Where the time of one piece of work went, in nanoseconds.
-
-    `lease_ns` was spent waiting for its slots and `queue_ns` waiting for a worker; the others are those of
-    the batch it was in, as the worker measured them.
-    """
-
-    lease_ns: int
-    queue_ns: int
-    copy_in_ns: int
-    compute_ns: int
-    copy_out_ns: int
-
-
 class Claim:
     """Slots of one lease that are handled together; shared by the handles of its states.
 
     When the last handle is dropped without `release()`, the slots go back all the same.
+
+    Attributes:
+        lease_ns: how long they were waited for.
+        leased_ns, submitted_ns, received_ns: when they were handed out, submitted, and the end of that was heard.
+        done: what was heard; see `timings`, which is made of these when somebody asks.
     """
 
     __slots__ = (
-        "at", "count", "first", "lease_id", "lease_ns", "model", "model_index", "priority", "released", "root_ref",
-        "session", "state",
+        "at", "count", "done", "first", "lease_id", "lease_ns", "leased_ns", "model", "model_index", "priority",
+        "received_ns", "released", "root_ref", "session", "state", "submitted_ns",
     )  # fmt: skip
 
     def __init__(self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int) -> None:
@@ -85,7 +77,8 @@ class Claim:
         self.first = first
         self.at = at
         self.count = count
-        self.lease_ns = 0
+        self.lease_ns = self.leased_ns = self.submitted_ns = self.received_ns = 0
+        self.done: m.Done | None = None
         self.priority = BULK
         self.state = LEASED
         self.released = False
@@ -124,10 +117,17 @@ class Claim:
         Arrays that somebody keeps of this one keep the parts' slots too: nothing tells which of them they show.
         """
         claim = Claim(self.session, self.model_index, self.lease_id, self.first + at, self.at + at, count)
-        claim.lease_ns = self.lease_ns
+        claim.lease_ns, claim.leased_ns = self.lease_ns, self.leased_ns
         claim.priority = self.priority
         claim.root_ref = self.root_ref
         return claim
+
+    @property
+    def timings(self) -> Timings | None:
+        """Where the time went; None: the end was not heard."""
+        if self.done is None:
+            return None
+        return timings_of(self.lease_ns, self.leased_ns, self.submitted_ns, self.done, self.received_ns)
 
     def require(self, state: int) -> None:
         """Raise `SpentHandle` unless the slots are in `state`."""
@@ -304,18 +304,16 @@ class Result:
 
     Attributes:
         items: items in all its slots together.
-        phases: where the time went.
         errors: for a run of several slots read with ``partial=True``, the slots that failed, counted from the
             first, and why.
     """
 
-    __slots__ = ("_claim", "_row", "errors", "items", "phases", "spent")
+    __slots__ = ("_claim", "_row", "errors", "items", "spent")
 
-    def __init__(self, claim: Claim, row: int | None, items: int, phases: Phases, errors: dict[int, WorkError]) -> None:
+    def __init__(self, claim: Claim, row: int | None, items: int, errors: dict[int, WorkError]) -> None:
         self._claim = claim
         self._row = row
         self.items = items
-        self.phases = phases
         self.errors = errors
         self.spent = False
 
@@ -330,6 +328,16 @@ class Result:
         claim.require(DONE)
         return Tensors(claim, claim.session.models[claim.model_index].outputs, DONE, self._row, self)
 
+    @property
+    def timings(self) -> Timings:
+        """Where the time went, in nanoseconds; stays readable when the slots are released.
+
+        Slots that were submitted together share it; if they ended in parts, it is that of the last good one.
+        """
+        timings = self._claim.timings
+        assert timings is not None, "a result is made when its end was heard"
+        return timings
+
     def at(self, row: int) -> Result:
         """The result of one slot of a run, counted from its first.
 
@@ -342,7 +350,7 @@ class Result:
         if row in self.errors:
             raise self.errors[row]
         per_slot = self._claim.model.items_per_slot
-        return Result(self._claim, row, min(per_slot, self.items - row * per_slot), self.phases, {})
+        return Result(self._claim, row, min(per_slot, self.items - row * per_slot), {})
 
     def release(self) -> None:
         """Give the slots back."""
@@ -389,7 +397,6 @@ class Submitted(Future[Result]):
         self._items = items
         self._left = claim.count
         self.errors: dict[int, WorkError] = {}
-        self._phases = Phases(claim.lease_ns, 0, 0, 0, 0)
         self.seq = seq
         self.over = False
         self.watched = False
@@ -403,14 +410,13 @@ class Submitted(Future[Result]):
 
     # ------------------------------------------------------------------ for the client, under its lock
 
-    def take(self, done: m.Done) -> bool:
+    def take(self, done: m.Done, now_ns: int) -> bool:
         """Note the end of some of the slots; True when it was the last."""
-        at = done.first - self.claim.at
-        if done.status == m.OK:
-            self._phases = Phases(
-                self.claim.lease_ns, done.queue_ns, done.copy_in_ns, done.compute_ns, done.copy_out_ns
-            )
-        else:
+        claim = self.claim
+        at = done.first - claim.at
+        if done.status == m.OK or claim.done is None:
+            claim.done, claim.received_ns = done, now_ns
+        if done.status != m.OK:
             kind = _WORK_ERRORS.get(done.status, WorkError)
             for slot in range(at, at + done.count):
                 self.errors[slot] = kind(done.text, range(at, at + done.count), self.work_id)
@@ -474,6 +480,11 @@ class Submitted(Future[Result]):
             self.claim.session.poll()
         return self.over
 
+    @property
+    def timings(self) -> Timings | None:
+        """Where the time went, also of work that failed; None while it goes on, or if the pool ended first."""
+        return self.claim.timings if self.over else None
+
     def running(self) -> bool:
         """Whether it has not ended; queued and running work are not told apart."""
         return not self.done()
@@ -511,4 +522,4 @@ class Submitted(Future[Result]):
         return self.errors[min(self.errors)] if self.errors else None
 
     def _make_result(self) -> Result:
-        return Result(self.claim, self._row, self._items, self._phases, dict(self.errors))
+        return Result(self.claim, self._row, self._items, dict(self.errors))

@@ -63,6 +63,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         layout: the arena.
         gpus: how many GPUs the pool has; 0 for a pool on the CPU.
         busy_poll: whether the pool's processes spin while they wait, as its clients are to.
+        slow_ms: requests that take so long are logged; 0: none.
     """
 
     version: int
@@ -73,6 +74,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     layout: Layout
     gpus: int = 0
     busy_poll: bool = False
+    slow_ms: float = 0.0
 
     def __post_init__(self) -> None:
         if len(self.token) not in (0, TOKEN_BYTES):

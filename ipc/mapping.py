@@ -182,6 +182,7 @@ class Mapper(Generic[T]):
         except BaseException:
             rest.release()
             raise
+        rest.lease_ns, rest.leased_ns = 0, head.submitted_ns  # it waited for slots, and for these writes, once
         return rest
 
     def _submit(self, claim: Claim, batch: list[T], items: int) -> None:

@@ -148,8 +148,9 @@ class Submit(_Message, frozen=True, tag=5):
 class Done(_Message, frozen=True, tag=6):
     """Slots of a submission ended, each exactly once; a large submission may end in parts.
 
-    `status` is `OK` or the reason; `text` says more of it. The times are those of the batch, but for
-    `queue_ns`, from the Submit's arrival until its batch went to a worker.
+    `status` is `OK` or the reason; `text` says more of it. The times are those of the batch, a mean if a Run was
+    cut into several, but for `queue_ns`, from the Submit's arrival until its batch went to a worker.  `ended_ns` is
+    that of Finished.
     """
 
     lease: U63
@@ -162,6 +163,7 @@ class Done(_Message, frozen=True, tag=6):
     compute_ns: U63
     copy_out_ns: U63
     text: Text = ""
+    ended_ns: U63 = 0
 
 
 class Release(_Message, frozen=True, tag=7):
@@ -218,7 +220,10 @@ class Run(_Message, frozen=True, tag=11):
 
 
 class Finished(_Message, frozen=True, tag=12):
-    """All outputs of a Run are written.  Times are sums over the `batches` that it was cut into."""
+    """All outputs of a Run are written.  Times are sums over the `batches` that it was cut into.
+
+    `ended_ns` is when the worker found the last of them written, by the host's monotonic clock; 0: not told.
+    """
 
     batch: U63
     attempt: U31
@@ -227,6 +232,7 @@ class Finished(_Message, frozen=True, tag=12):
     copy_out_ns: U63
     gathered_items: U63
     batches: Count = 1
+    ended_ns: U63 = 0
 
 
 class Failed(_Message, frozen=True, tag=13):

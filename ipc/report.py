@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from .histogram import Histogram
+
 
 class ClassReport(msgspec.Struct, frozen=True):
     """What was done for one class of requests of a model.
@@ -23,6 +25,31 @@ class ClassReport(msgspec.Struct, frozen=True):
     waiting: int
     items: int
     queue_ns: int
+
+
+class DeviceReport(msgspec.Struct, frozen=True):
+    """What one model did on one GPU, or on the CPU.  Times are nanoseconds.
+
+    Attributes:
+        gpu: the pool's number for it; None on the CPU.  In pools of very many models and GPUs there is one for all, -1.
+        items, batches: that ended with a result.
+        sizes: of batches, in items less one.
+        queue: of items, from arrival until their batch was sent to a worker.
+        dispatch: of batches, with the worker and not on the device: messages, and the wait for a lane.
+        copy_in, compute, copy_out: of batches on the device.  Those that nothing was copied for are left out.
+        latency: of items, from arrival to end, as the broker saw it.
+    """
+
+    gpu: int | None
+    items: int
+    batches: int
+    sizes: Histogram
+    queue: Histogram
+    dispatch: Histogram
+    copy_in: Histogram
+    compute: Histogram
+    copy_out: Histogram
+    latency: Histogram
 
 
 class ModelReport(msgspec.Struct, frozen=True):
@@ -42,6 +69,8 @@ class ModelReport(msgspec.Struct, frozen=True):
         overdue: recalls that a client did not answer in time; see `HolderReport`.
         evicted: processes that were ended for that.
         interactive, bulk: the classes, which together make up the figures above.
+        leases: nanoseconds that requests for slots waited.
+        devices: what was done where, and how its times were spread.
     """
 
     name: str
@@ -69,6 +98,8 @@ class ModelReport(msgspec.Struct, frozen=True):
     evicted: int
     interactive: ClassReport
     bulk: ClassReport
+    leases: Histogram = Histogram()
+    devices: tuple[DeviceReport, ...] = ()
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
@@ -102,8 +133,35 @@ class HolderReport(msgspec.Struct, frozen=True):
     overdue: bool
 
 
+class ClientReport(msgspec.Struct, frozen=True):
+    """One client.
+
+    Attributes:
+        peer: the broker's number for it, never reused.
+        pid: its process; 0: not known.
+        items: of its that ended with a result.
+        leases: it has now.
+        slots: it holds now, of all models.
+        waiting: its requests that wait for slots.
+    """
+
+    peer: int
+    pid: int
+    items: int
+    leases: int
+    slots: int
+    waiting: int
+
+
 class PoolReport(msgspec.Struct, frozen=True):
-    """The whole pool; `holders` are the few clients that hold the most slots, those that are overdue first."""
+    """The whole pool.
+
+    Attributes:
+        epoch: how many brokers it has had.
+        worker_ends: workers that ended, for whatever reason; others were started.
+        holders: the few clients that hold the most slots, those that are overdue first.
+        clients: the few that most was done for.
+    """
 
     name: str
     epoch: int
@@ -115,3 +173,5 @@ class PoolReport(msgspec.Struct, frozen=True):
     workers: tuple[WorkerReport, ...]
     models: tuple[ModelReport, ...]
     holders: tuple[HolderReport, ...] = ()
+    clients: tuple[ClientReport, ...] = ()
+    worker_ends: int = 0

@@ -36,8 +36,13 @@ log = logging.getLogger("trtpool.client")
 KEPT_WARNING_S: Final = 10.0
 """After this long, released slots that an array still holds are worth a warning."""
 
+SLOW_EVERY_NS: Final = 1_000_000_000
+"""Between two lines about slow requests, at least."""
+
 CONNECT_TRIES: Final = 3
 """How often to connect: a broker that ends loses who it has not welcomed yet, and another takes over."""
+
+log = logging.getLogger("trtpool.client")
 
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -159,6 +164,7 @@ class Session:
             for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
         ]
         self.closed = self.forked = False
+        self._slow_told_ns = self._slow_untold = 0
         self._pid = os.getpid()
         self._driver = Driver(self.link, self._take_in, self._has_afterwork, self._unlocked)
         self._background = Background(self._driver)
@@ -202,6 +208,7 @@ class Session:
         self.pool = description.pool
         self.layout: Layout = description.layout
         self.gpus = description.gpus
+        self._slow_ns = int(description.slow_ms * 1e6)
         self.link = TRANSPORTS[transport](lifeline, description, busy_poll)
 
     def check_process(self) -> None:
@@ -230,6 +237,7 @@ class Session:
                 if spare.count == count:
                     state.spares.remove(spare)
                     spare.priority = priority
+                    spare.leased_ns = time.monotonic_ns()
                     return spare
         return None
 
@@ -426,6 +434,7 @@ class Session:
             self._next_seq += 1
             submitted = Submitted(claim, row, seq, given)
             claim.state = SUBMITTED
+            claim.submitted_ns = time.monotonic_ns()
             self._pending[seq] = submitted
             self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number))
         if log.isEnabledFor(logging.DEBUG):
@@ -660,6 +669,7 @@ class Session:
             if run.segment != layout.segment or run.first + run.count > layout.slots:
                 raise ProtocolError(f"granted {run.count} slots from {run.first} of {layout.slots}")
             claim = Claim(self, grant.model, lease_id, run.first, 0, run.count)
+            claim.leased_ns = now
             claim.lease_ns = now - request.asked_ns if request is not None else 0
             claims.append(claim)
             self.models[grant.model].held += run.count
@@ -682,6 +692,8 @@ class Session:
             return
         for number, request in asked:
             if request.count == sum(claim.count for claim in claims):
+                for claim in claims:
+                    claim.lease_ns = claim.leased_ns - request.asked_ns
                 self._answer(number, claims)
                 late = self._requests[number] = Request(model, request.count, request.priority)
                 late.abandoned = True
@@ -692,7 +704,7 @@ class Session:
         submitted = self._pending.get(done.seq)
         if submitted is None:
             raise ProtocolError(f"the broker ended work {done.seq}, which is not in flight")
-        if submitted.take(done):
+        if submitted.take(done, time.monotonic_ns()):
             self._finish_work(submitted)
 
     def _finish_work(self, submitted: Submitted) -> None:
@@ -704,10 +716,28 @@ class Session:
         claim.state = DONE
         self._driver.finish(submitted)
         self._finished.append(submitted)
+        if self._slow_ns:
+            self._tell_if_slow(submitted)
         if submitted.watched:
             self._background.unwatch()
         if claim.released:
             self._settle(Kept(claim))
+
+    def _tell_if_slow(self, submitted: Submitted) -> None:
+        """Log where the time of a request went, if it took long: from `submit`, or with the wait for its slots."""
+        claim = submitted.claim
+        timings = claim.timings
+        if timings is None or timings.latency_ns + timings.lease_ns < self._slow_ns:
+            return
+        if claim.received_ns < self._slow_told_ns + SLOW_EVERY_NS:
+            self._slow_untold += 1
+            return
+        others = f"; {self._slow_untold} more were slow since the last" if self._slow_untold else ""
+        self._slow_told_ns, self._slow_untold = claim.received_ns, 0
+        log.warning(
+            "slow: lease %d, seq %d, %d slots of %s: %s%s",
+            *(claim.lease_id, submitted.seq, claim.count, claim.model.spec.name, timings, others),
+        )
 
     def _error(self, error: m.Error) -> None:
         kinds: dict[int, type[TrtpoolError]] = {m.BUSY: PoolBusy, m.TOO_LARGE: LeaseTooLarge, m.CLOSING: PoolClosed}

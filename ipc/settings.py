@@ -195,6 +195,9 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
         busy_poll: have broker, workers and clients spin while they wait, which saves the time that it takes to be woken
             and keeps a whole CPU for each of them busy.
+        slow_ms: log requests that take longer than this, at most one a second, with where their time went, in the
+            broker and in the client; 0: none.
+        metrics: serve figures for Prometheus, and /healthz and /readyz, on this ``HOST:PORT``; empty: do not.
         per_model: what single models have otherwise, by name.
     """
 
@@ -220,6 +223,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     evict: bool = False
     busy_poll: bool = False
     per_model: dict[str, ModelOptions] = {}
+    slow_ms: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
+    metrics: Annotated[str, msgspec.Meta(max_length=300)] = ""
 
     def __post_init__(self) -> None:
         if self.evict and not self.recall_timeout_s:
@@ -302,10 +307,10 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Standard input of `python -m trtpool.broker`, as JSON; the descriptors are inherited, `gpus` counts the GPUs.
 
     `terms` are those of each model; empty: the two before it hold for all. `allow_users` are those who may attach
-    besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict` and `busy_poll` see `PoolSettings`.
-    `owner_pid` is the process that the pool is part of, which is never evicted; 0: none. `table_fd` is where a
-    broker writes down what it does; None: nobody takes over from it. With `takes_over` it goes on from what another
-    left there, with the peers that the supervisor tells of first.
+    besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`, `busy_poll` and `slow_ms` see
+    `PoolSettings`. `owner_pid` is the process that the pool is part of, which is never evicted; 0: none. `table_fd` is
+    where a broker writes down what it does; None: nobody takes over from it. With `takes_over` it goes on from what
+    another left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -326,5 +331,6 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     evict: bool = False
     owner_pid: int = 0
     busy_poll: bool = False
+    slow_ms: float = 0.0
     table_fd: int | None = None
     takes_over: bool = False

@@ -140,8 +140,8 @@ def produce(pool_name: str, producer: int, jobs: Sequence[tuple[int, Path]], map
             (output,) = result.outputs.values()
             maps[index] = output[0]
             regions = demo_pages.find_regions(output[0], page.size)
-            phases = result.phases
-            found.append(Found(index, producer, regions, phases.lease_ns, phases.queue_ns, phases.compute_ns))
+            timings = result.timings
+            found.append(Found(index, producer, regions, timings.lease_ns, timings.queue_ns, timings.compute_ns))
         end_ns = time.monotonic_ns()
     maps.flush()
     return Produced(found, start_ns, end_ns)

@@ -7,6 +7,7 @@ import logging
 import mmap
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -154,12 +155,11 @@ class Job:
             times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
             if self._left:
                 return None
+        copy_in_ns, compute_ns, copy_out_ns, gathered = times
         if run.works:
-            took_ms = (times.copy_in_ns + times.compute_ns + times.copy_out_ns) / 1e6
-            _note(run, f"ended after {took_ms:.3f} ms")
-        return m.Finished(
-            run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items, batches
-        )
+            _note(run, f"ended after {(copy_in_ns + compute_ns + copy_out_ns) / 1e6:.3f} ms")
+        ended_ns = time.monotonic_ns()
+        return m.Finished(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches, ended_ns)
 
 
 def cut(rows: Sequence[m.Rows], max_batch: int, items_per_slot: int) -> list[Sequence[m.Rows]]:

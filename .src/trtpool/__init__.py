@@ -43,10 +43,20 @@ from trtpool.ipc.errors import (
     WorkerDied,
     WorkError,
 )
-from trtpool.ipc.handles import Lease, Leases, Phases, Result, Submitted
+from trtpool.ipc.handles import Lease, Leases, Result, Submitted
+from trtpool.ipc.histogram import Histogram
 from trtpool.ipc.remote import PoolHandle, connect
-from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
+from trtpool.ipc.report import (
+    ClassReport,
+    ClientReport,
+    DeviceReport,
+    HolderReport,
+    ModelReport,
+    PoolReport,
+    WorkerReport,
+)
 from trtpool.ipc.settings import Priority
+from trtpool.ipc.timings import Timings
 
 __version__ = "0.1.0"
 
@@ -56,11 +66,14 @@ __all__ = [
     "Cancelled",
     "ClassReport",
     "Client",
+    "ClientReport",
     "ConfigError",
     "DeadlineExceeded",
+    "DeviceReport",
     "DeviceUnavailable",
     "EngineFailed",
     "ForkedClient",
+    "Histogram",
     "HolderReport",
     "InvalidInput",
     "Lease",
@@ -71,7 +84,6 @@ __all__ = [
     "ModelError",
     "ModelReport",
     "NameInUse",
-    "Phases",
     "Pool",
     "PoolBusy",
     "PoolClosed",
@@ -86,6 +98,7 @@ __all__ = [
     "SpentHandle",
     "StartFailed",
     "Submitted",
+    "Timings",
     "TrtpoolError",
     "UsageError",
     "WorkError",

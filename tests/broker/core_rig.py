@@ -69,6 +69,7 @@ class Rig:
         recall_timeout_s: float = 0.0,
         evict: bool = False,
         owner_pid: int = 0,
+        slow_ms: float = 0.0,
     ) -> None:
         self.core = Core(
             layouts(*sizes or [(16, 1, 4)]),
@@ -77,6 +78,7 @@ class Rig:
             batch_timeout_s=batch_timeout_s,
             recall_timeout_s=recall_timeout_s,
             evict=evict,
+            slow_ms=slow_ms,
             owner_pid=owner_pid,
             gpus=gpus,
             started_ns=MS,

@@ -79,6 +79,7 @@ class FakePool:
         cap: slots that a client may hold; 0 is the default of a real pool.
         transport: what clients talk over; see `trtpool.connect`.
         gpus: how many GPUs the pool says that it has.
+        slow_ms: see `PoolSettings`.
 
     Attributes:
         ran: slots that ended on each GPU, or on the CPU.
@@ -94,6 +95,7 @@ class FakePool:
         cap: int = 0,
         transport: str = DEFAULT_TRANSPORT,
         gpus: int = 0,
+        slow_ms: float = 0.0,
     ) -> None:
         self.transport = transport
         self.run_dir = run_dir
@@ -118,6 +120,7 @@ class FakePool:
             max_slots_per_producer=cap,
             max_delay_us=0,
             gpus=gpus,
+            slow_ms=slow_ms,
             listener_fd=listener.detach(),
             control_fd=theirs.detach(),
             arena_fd=self._arena,
@@ -292,7 +295,7 @@ class FakePool:
             if "x" in given and (given["x"][:, 0] == BAD).any():
                 return m.Failed(run.batch, run.attempt, "a bad item")
             answer(given, out)
-        return m.Finished(run.batch, run.attempt, 1, 2, 3, 0)
+        return m.Finished(run.batch, run.attempt, 1, 2, 3, 0, 1, time.monotonic_ns())
 
 
 class Threads:

@@ -483,14 +483,6 @@ def test_a_run_of_which_all_failed_has_no_partial_result(client):
             submitted.result(NET_S, partial=True)
 
 
-def test_phases(pool, client):
-    with client.lease() as lease:
-        phases = write(lease, 1).result(NET_S).phases
-    assert phases.lease_ns > 0
-    assert phases.queue_ns >= 0
-    assert phases[2:] == (1, 2, 3), "as the worker measured them"
-
-
 def test_handles_are_of_this_process(client):
     with client.lease() as lease:
         for thing in (lease, client):

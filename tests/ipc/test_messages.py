@@ -44,7 +44,7 @@ FIELDS = {
     "priority": st.integers(0, 1),
     **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "said"), u63),
     **dict.fromkeys(("heard", "frames"), u63),
-    **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns"), u63),
+    **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns", "ended_ns"), u63),
     **dict.fromkeys(("version", "model", "first", "status", "attempt", "code", "again"), u31),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -235,4 +236,8 @@ def test_a_job_is_finished_with_its_last_batch():
     ]  # fmt: skip
     assert job.finish(Times(1, 20, 300, 4)) is None
     assert job.finish(Times(2, 30, 400, 5)) is None
-    assert job.finish(Times(3, 40, 500, 6)) == m.Finished(9, 2, 6, 90, 1200, 15, 3)
+    before_ns = time.monotonic_ns()
+    finished = job.finish(Times(3, 40, 500, 6))
+    assert finished is not None
+    assert before_ns <= finished.ended_ns <= time.monotonic_ns()
+    assert msgspec.structs.replace(finished, ended_ns=0) == m.Finished(9, 2, 6, 90, 1200, 15, 3)
