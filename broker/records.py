@@ -20,6 +20,7 @@ from trtpool.ipc.settings import BULK
 
 from .batching import Work, WorkQueue
 from .slots import Ring
+from .variants import VariantQueue
 
 OVERTAKES: Final = 4
 """Interactive work goes first, but of the batches that a worker is sent while older bulk work waits, at most so many in
@@ -186,15 +187,21 @@ class Line:
     def __init__(self, model: Model, gpu: int | None) -> None:
         self.model = model
         self.gpu = gpu
-        self.queue = WorkQueue(model.items_per_slot)
-        self.urgent = WorkQueue(model.items_per_slot)
+        queue = VariantQueue if model.varies else WorkQueue
+        self.queue = queue(model.items_per_slot)
+        self.urgent = queue(model.items_per_slot)
         self.suspects: deque[Suspect] = deque()
         self.hold_until_ns = 0
 
     @property
     def has_full_batch(self) -> bool:
         """Whether one slot more would not fit in the next batch."""
-        return self.queue.items + self.urgent.items > self.model.max_batch - self.model.items_per_slot
+        queue, urgent = self.queue, self.urgent
+        items = queue.items + urgent.items
+        if self.model.varies and items:
+            first = urgent.leading if len(urgent) else queue.leading
+            items = queue.items_like(first) + urgent.items_like(first)
+        return items > self.model.max_batch - self.model.items_per_slot
 
     def waiting(self) -> Iterator[Work]:
         """All its work that is QUEUED."""
@@ -229,11 +236,12 @@ class Model:
         short_ns: since when there has been somebody who waits for room; 0: nobody does.
         watched: whether a timer will look at `short_ns`; there is one at most.
         evict_ns: before this nobody is evicted.
+        varies: not all its work may share batches; see `variants`.
     """
 
     __slots__ = (
         "cap", "evict_ns", "index", "items_per_slot", "layout", "lines", "max_batch", "overtaken", "ring", "run_ns",
-        "short_ns", "spares", "totals", "urgent", "waiting", "watched",
+        "short_ns", "spares", "totals", "urgent", "varies", "waiting", "watched",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int) -> None:
@@ -242,6 +250,7 @@ class Model:
         self.cap = cap
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
+        self.varies = not layout.spec.is_uniform
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()

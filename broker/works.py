@@ -14,10 +14,11 @@ from collections.abc import Callable
 from trtpool.ipc import messages as m
 from trtpool.ipc.settings import MAX_ATTEMPTS
 
-from .batching import Work, halves
+from .batching import UNIFORM, Work, halves
 from .books import Books, Refused
 from .leasing import Leasing
 from .records import Batch, Model, Producer, Suspect, Worker
+from .shapes import check_outputs, variant_of
 from .slots import Event, move
 from .timers import Timers
 
@@ -44,11 +45,15 @@ class Works:
                 m.BAD_MESSAGE,
                 f"{items} items in {count} slots of {model.items_per_slot}: all but the last slot must be full",
             )
+        if items != count * model.items_per_slot and model.layout.spec.whole_slots:
+            raise Refused(m.BAD_MESSAGE, f"{items} items in {count} slots of {model.items_per_slot}: all must be full")
         if message.again > model.cap:
             raise Refused(m.BAD_MESSAGE, f"again {message.again} is above the cap of {model.cap}")
         gpu = message.gpu
         if gpu is not None:
             books.check_gpu(gpu)
+        is_plain = not (model.varies or message.shapes or message.shared)
+        variant = UNIFORM if is_plain else variant_of(model.layout, message)
         move(lease.states, Event.SUBMIT, message.first, count)
         lease.seq = message.seq
         if lease.spare:
@@ -56,7 +61,12 @@ class Works:
         producer.active_ns[model.index] = now_ns = books.now_ns
         deadline = 0 if message.deadline_ns is None else now_ns + max(1, message.deadline_ns)
         seq, again, priority = message.seq, message.again, message.priority
-        work = Work(lease, message.first, count, items, seq, now_ns, deadline, again, gpu=gpu, priority=priority)
+        work = Work(
+            *(lease, message.first, count, items, seq, now_ns, deadline, again),
+            gpu=gpu,
+            priority=priority,
+            variant=variant,
+        )
         line = model.line(gpu)
         if priority:
             line.urgent.add(work)
@@ -110,7 +120,10 @@ class Works:
 
     def finished(self, worker: Worker, message: m.Finished) -> None:
         """A batch has run: its outputs are written."""
-        batch = self._take_back(worker, message)
+        batch = self._find_batch(worker, message)
+        if batch.model.varies or message.shapes:
+            check_outputs(batch.model.layout, message.shapes)
+        self._take_back(worker, batch)
         self._books.suspects -= batch.alone
         totals = batch.model.totals
         batches = message.batches
@@ -133,28 +146,35 @@ class Works:
                 totals.urgent_items += work.items
                 totals.urgent_queue_ns += queue_ns * work.items
             move(lease.states, Event.FINISH, work.at, work.count)
-            self._end(work, m.OK, "", (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns))
+            times = (queue_ns, message.copy_in_ns, message.compute_ns, message.copy_out_ns)
+            self._end(work, m.OK, "", times, message.shapes)
             if work.again:
                 self._leasing.grant_again(work)
 
     def failed(self, worker: Worker, message: m.Failed) -> None:
         """A batch has failed, and the worker goes on."""
-        self._retry(self._take_back(worker, message), m.ENGINE_FAILED, message.text, counts=True)
+        batch = self._find_batch(worker, message)
+        self._take_back(worker, batch)
+        self._retry(batch, m.ENGINE_FAILED, message.text, counts=True)
 
     def worker_ended(self, worker: Worker, text: str) -> None:
         """All that a worker had goes back; what ran alone may be why it ended."""
         for batch in worker.batches.values():
             self._retry(batch, m.WORKER_DIED, text, counts=batch.alone)
 
-    def _take_back(self, worker: Worker, message: m.Finished | m.Failed) -> Batch:
-        """The batch that a worker answers for; it has it no more."""
+    @staticmethod
+    def _find_batch(worker: Worker, message: m.Finished | m.Failed) -> Batch:
+        """The batch that a worker answers for."""
         batch = worker.batches.get(message.batch)
         if batch is None or batch.attempt != message.attempt:
             raise Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
+        return batch
+
+    def _take_back(self, worker: Worker, batch: Batch) -> None:
+        """The worker has the batch no more."""
         if batch is next(iter(worker.batches.values())):
             worker.oldest_ns = self._books.now_ns  # the next one had to wait for it
         del worker.batches[batch.id]
-        return batch
 
     def _retry(self, batch: Batch, status: int, text: str, *, counts: bool) -> None:
         """Put a batch back: in halves, each to run alone, down to one slot, which fails after `MAX_ATTEMPTS`.
@@ -203,7 +223,14 @@ class Works:
         waited_ms = (self._books.now_ns - work.queued_ns) / 1e6
         self._end(work, m.DEADLINE, f"its deadline passed after {waited_ms:.1f} ms in the queue")
 
-    def _end(self, work: Work, status: int, text: str = "", times: tuple[int, int, int, int] = (0, 0, 0, 0)) -> None:
+    def _end(
+        self,
+        work: Work,
+        status: int,
+        text: str = "",
+        times: tuple[int, int, int, int] = (0, 0, 0, 0),
+        shapes: m.Shapes = (),
+    ) -> None:
         """Tell the producer that slots, which are DONE, ended; `times` are queue, copy-in, compute, copy-out."""
         lease = work.lease
         books, producer, model = self._books, lease.producer, lease.model
@@ -213,7 +240,7 @@ class Works:
         else:
             totals.failed_items += work.items
         producer.active_ns[model.index] = books.now_ns
-        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text))
+        books.send(producer.peer, m.Done(lease.id, work.at, work.count, work.seq, status, *times, text, shapes))
 
     def _free_orphan(self, work: Work) -> None:
         move(work.lease.states, Event.ORPHAN, work.at, work.count)

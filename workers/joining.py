@@ -149,11 +149,14 @@ class Job:
         self._left -= 1
         run, batches = self.run, len(self.batches)
         if batches > 1:
-            times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
+            spent = self._spent
+            copy_in, compute, copy_out, gathered = map(sum, zip(spent[:4], times[:4], strict=True))
+            times = self._spent = Times(copy_in, compute, copy_out, gathered, times.shapes)
             if self._left:
                 return None
         return m.Finished(
-            run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items, batches
+            *(run.batch, run.attempt, times.copy_in_ns, times.compute_ns, times.copy_out_ns, times.gathered_items),
+            *(batches, times.shapes),
         )
 
 

@@ -17,13 +17,11 @@ from tests.models import FIXED_BATCH_ONE, MODELS, save
 from tests.workers import fake_bindings as fake
 from trtpool.broker.planning import child_environment, error_of, inspect, is_plan, lay_out, probe, requests
 from trtpool.ipc import errors
-from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal, ShapeRange
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 
-def settings(
-    *names: str, shapes: dict[str, tuple[int, ...]] | None = None, lanes: int = 3, **options: Any
-) -> PoolSettings:
+def settings(*names: str, shapes: dict[str, ShapeRange] | None = None, lanes: int = 3, **options: Any) -> PoolSettings:
     sources = tuple(ModelSource(f"/models/{name}.onnx", name) for name in names or ("det",))
     engine = EngineSettings(device="gpu" if "gpus" in options else "cpu", shapes=shapes or {}, lanes=lanes)
     return PoolSettings(models=sources, run_dir="/run/p", engine=engine, **options)
