@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.settings import BULK
@@ -22,6 +22,12 @@ WINDOW_BATCHES: Final = 4
 MAX_PASSED: Final = 8
 MAX_WORKS: Final = 4096
 """Most works, and so most runs, in a batch: what a frame to a worker has room for."""
+
+Variant: TypeAlias = tuple[m.Shapes, bytes]
+"""Shapes of the items, and a digest of what is in shared inputs: a batch is of one variant; see `variants`."""
+
+UNIFORM: Final[Variant] = ((), b"")
+"""The one of all work of a model whose items are of one shape and share nothing."""
 
 
 class Work:
@@ -38,13 +44,14 @@ class Work:
         again: slots to grant to its producer when it is done.
         gpu: the pool's number for the GPU that alone may run it; None: any.
         priority: its class, see `trtpool.ipc.settings.PRIORITIES`.
+        variant: what a batch-mate must have in common with it.
         passed: how often a younger one was taken before it.
         attempts: how often it ended a worker, or failed, alone.
     """
 
     __slots__ = (
         "again", "at", "attempts", "count", "deadline_ns", "first", "gpu", "items", "lease", "passed", "priority",
-        "queued_ns", "seq",
+        "queued_ns", "seq", "variant",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +67,7 @@ class Work:
         *,
         gpu: int | None = None,
         priority: int = BULK,
+        variant: Variant = UNIFORM,
     ) -> None:
         self.lease = lease
         self.at = at
@@ -72,14 +80,17 @@ class Work:
         self.again = again
         self.gpu = gpu
         self.priority = priority
+        self.variant = variant
         self.passed = 0
         self.attempts = 0
 
     def split(self, count: int, items_per_slot: int) -> Work:
         """Cut the first `count` slots off, which become a Work of their own; this one keeps the rest."""
         items = count * items_per_slot
-        times = (self.queued_ns, self.deadline_ns)
-        head = Work(self.lease, self.at, count, items, self.seq, *times, 0, gpu=self.gpu, priority=self.priority)
+        times, kind = (self.queued_ns, self.deadline_ns), self.priority
+        head = Work(
+            self.lease, self.at, count, items, self.seq, *times, 0, gpu=self.gpu, priority=kind, variant=self.variant
+        )
         head.attempts, head.passed = self.attempts, self.passed
         self.at += count
         self.first += count
@@ -111,6 +122,11 @@ class WorkQueue:
     def oldest(self) -> Work:
         return self._works[0]
 
+    @property
+    def leading(self) -> Work:
+        """The oldest of those that the next batch is taken from."""
+        return self.oldest
+
     def add(self, work: Work) -> None:
         self._works.append(work)
         self.items += work.items
@@ -120,6 +136,21 @@ class WorkQueue:
         """Remove some works, wherever they stand."""
         kept = deque(work for work in self._works if work not in gone)
         self._reset(kept)
+
+    def items_like(self, _work: Work) -> int:
+        """Items that may be in a batch with this work."""
+        return self.items
+
+    def lead_oldest(self) -> None:
+        """Have the next batch be that of the oldest work."""
+
+    def lead_full(self, max_items: int) -> bool:
+        """Have the next batch be a full one; whether there is any."""
+        return self.items >= max_items
+
+    def take_like(self, _work: Work, max_items: int, max_works: int) -> list[Work]:
+        """Take what fills up a batch that this work is in; the queue may have nothing for it."""
+        return self.take(max_items, max_works) if len(self) else []
 
     def take(self, max_items: int, max_works: int = MAX_WORKS) -> list[Work]:
         """Take the next batch, at most `max_items` items, in slot order.  The queue must not be empty.
@@ -232,14 +263,15 @@ class WorkQueue:
 def take_both(leading: WorkQueue, following: WorkQueue, max_items: int) -> tuple[list[Work], bool]:
     """Take a batch, in slot order, of one class, and fill what is left of it with the other.
 
-    Returns also whether there is any of the other: if so, its oldest.  `leading` must not be empty.
+    Returns also whether the oldest of the other is in it.  `leading` must not be empty.
     """
     batch = leading.take(max_items)
     room = max_items - sum(work.items for work in batch)
     if not (room and len(following) and len(batch) < MAX_WORKS):
         return batch, False
-    filling = following.take(room, MAX_WORKS - len(batch))
-    return sorted(batch + filling, key=_slot_order), bool(filling)
+    is_oldest = following.oldest.variant == batch[0].variant
+    filling = following.take_like(batch[0], room, MAX_WORKS - len(batch))
+    return sorted(batch + filling, key=_slot_order), is_oldest and bool(filling)
 
 
 def rows_of(batch: list[Work], items_per_slot: int, segment: int = 0) -> list[m.Rows]:

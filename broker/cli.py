@@ -27,6 +27,7 @@ from trtpool.ipc.settings import (
     DEFAULT_START_TIMEOUT_S,
     FLAVOURS,
     EngineSettings,
+    ShapeRange,
 )
 
 from . import supervisor
@@ -82,20 +83,29 @@ class _Group(click.Group):
             ctx.exit(error.exit_code)
 
 
-def _parse_shapes(
-    _ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]
-) -> dict[str, tuple[int, ...]]:
+def _parse_shapes(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, ShapeRange]:
     shapes = {}
     for value in values:
-        name, equals, dimensions = value.rpartition("=")
-        try:
-            shape = tuple(int(dimension) for dimension in dimensions.split("x")) if dimensions else ()
-        except ValueError:
-            shape, equals = (), ""
-        if not name or not equals or any(dimension < 1 for dimension in shape):
-            raise click.BadParameter(f"{value!r} is not NAME=3x640x640, an input's name and its item shape")
-        shapes[name] = shape
+        name, equals, sizes = value.rpartition("=")
+        shape = tuple(map(_parse_axis, sizes.split("x"))) if sizes else ()
+        if not name or not equals or None in shape:
+            raise click.BadParameter(
+                f"{value!r} is not NAME=3x640x640, an input's name and its item shape, with a range such as 32..640 "
+                "where items differ"
+            )
+        shapes[name] = tuple(axis for axis in shape if axis is not None)
     return shapes
+
+
+def _parse_axis(text: str) -> int | tuple[int, ...] | None:
+    """A size, or a range of them; None: it is neither."""
+    try:
+        sizes = [int(size) for size in text.split("..")]
+    except ValueError:
+        return None
+    if len(sizes) > 2 or min(sizes) < 1 or sizes != sorted(sizes):
+        return None
+    return sizes[0] if len(sizes) == 1 else tuple(sizes)
 
 
 def _parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
@@ -176,7 +186,22 @@ def cli() -> None:
     multiple=True,
     callback=_parse_shapes,
     metavar="[MODEL:]INPUT=3x640x640",
-    help="Item shape of an input that the model leaves open.  Again for each.",
+    help="Item shape of an input that the model leaves open, such as 3x640x640, or 3x32..640x32..640 where items "
+    "differ; or the largest of an output.  Again for each.",
+)
+@click.option(
+    "--no-batch",
+    multiple=True,
+    metavar="MODEL",
+    help="Run each item as a call of its own: for a model without a batch axis in front.  Again for each.",
+)
+@click.option(
+    "--partial-batches",
+    "partial",
+    type=click.Choice(["pad", "refuse"]),
+    default="pad",
+    show_default=True,
+    help="For a model with one batch size: fill smaller batches up, or take whole ones only, one in each slot.",
 )
 @build_options
 @per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch].")
@@ -259,7 +284,9 @@ def start(
     name: str,
     run_dir: Path | None,
     threads: int,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: dict[str, ShapeRange],
+    no_batch: tuple[str, ...],
+    partial: str,
     lanes: int,
     flavour: str | None,
     graphs: bool,
@@ -276,6 +303,8 @@ def start(
     engine = EngineSettings(
         threads=threads,
         shapes=shapes,
+        no_batch=no_batch,
+        partial=partial,
         lanes=lanes,
         flavour=flavour or "",
         graphs=graphs,

@@ -43,7 +43,7 @@ else:
 NOT_IN_FILES: Final = ("config", "models")
 PATHS: Final = ("run-dir",)
 """Options that are paths, relative to the file's folder."""
-OF_POOLS: Final = ("allow-user",)
+OF_POOLS: Final = ("allow-user", "no-batch")
 """Options that may be given again, and are of no model."""
 
 Key = tuple[str, ...]

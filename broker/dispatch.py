@@ -79,6 +79,8 @@ class Dispatch:
         """
         model, workers = line.model, len(self._books.serving)
         max_batch = model.max_batch
+        if model.varies:  # each batch has shapes of its own to tell
+            return max_batch
         share = line.queue.items // max_batch // (2 * workers if workers > 1 else 1)
         if share < 2 or 2 * model.run_ns > BRIEF_NS:
             return max_batch
@@ -210,10 +212,12 @@ class Dispatch:
 
     def _held_back(self, line: Line) -> bool:
         """Whether a batch that is not full should wait for `max_delay_us` to pass."""
-        if line.queue.items >= line.model.max_batch or self._books.draining:
+        queue = line.queue
+        until = queue.oldest.queued_ns + line.model.max_delay_ns
+        if until <= self._books.now_ns or self._books.draining:
+            queue.lead_oldest()
             return False
-        until = line.queue.oldest.queued_ns + line.model.max_delay_ns
-        if until <= self._books.now_ns:
+        if queue.lead_full(line.model.max_batch):
             return False
         if line.hold_until_ns != until:
             line.hold_until_ns = until
@@ -264,4 +268,4 @@ class Dispatch:
         worker.batches[batch.id] = batch
         if self._hangs.timeout_ns and not worker.watched:
             self._hangs.watch(worker)
-        books.send(worker.peer, m.Run(batch.id, attempt, model.index, rows))
+        books.send(worker.peer, m.Run(batch.id, attempt, model.index, rows, works[0].variant[0]))

@@ -97,6 +97,7 @@ def _validate_workers(core: Core) -> None:
         for batch in worker.batches.values():
             assert {work.gpu for work in batch.works} <= {batch.line.gpu} <= {None, worker.gpu}, "on another GPU"
             assert not batch.alone or len(worker.batches) == 1, "a suspect does not run alone"
+            assert len({work.variant for work in batch.works}) == 1, "a batch is of several variants"
 
 
 def _validate_works(core: Core, model: Model, works: list[Work], state: State) -> None:

@@ -31,7 +31,9 @@ from enum import IntEnum
 from typing import Final, NamedTuple
 
 from trtpool.ipc.layout import Layout
+from trtpool.ipc.messages import SHARED_BYTES
 from trtpool.ipc.pipe import FRAME_BYTES
+from trtpool.ipc.tensors import ModelSpec
 
 LOG_BYTES: Final = 4 << 20
 RESERVE_BYTES: Final = 1 << 20
@@ -39,6 +41,9 @@ RESERVE_BYTES: Final = 1 << 20
 
 SLOT_BYTES: Final = 256
 """Of a snapshot, for each slot at most: a lease, a work, a batch and a timer of its own, and what is sent of these."""
+
+_DIMENSION_BYTES: Final = 9
+_ARRAY_BYTES: Final = 3
 
 REQUEST_BYTES: Final = 64
 """Of a snapshot, for each request that waits, at most, with its timer."""
@@ -96,10 +101,19 @@ class JournalFull(Exception):
     """A snapshot, or a record, has no room: more is known of the pool than was reckoned with."""
 
 
+def slot_bytes(spec: ModelSpec) -> int:
+    """Of a snapshot, for each slot of a model at most: with shapes of items, of the work and in what is sent of it."""
+    if spec.is_uniform:
+        return SLOT_BYTES
+    varying = [tensor for tensors in spec.varying for tensor in tensors]
+    axes = sum(len(tensor.shape) for tensor in varying)
+    return SLOT_BYTES + SHARED_BYTES + 2 * (_DIMENSION_BYTES * axes + _ARRAY_BYTES * (len(varying) + 2))
+
+
 def journal_bytes(layout: Layout) -> int:
     """How large the memory must be for a pool; what is not used takes no memory."""
-    slots = sum(model.slots for model in layout.models)
-    half = LOG_BYTES + BASE_BYTES + SLOT_BYTES * slots
+    slots = sum(model.slots * slot_bytes(model.spec) for model in layout.models)
+    half = LOG_BYTES + BASE_BYTES + slots
     return _HEADER_BYTES + 2 * (-(-half // PAGE_BYTES) * PAGE_BYTES)
 
 

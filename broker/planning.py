@@ -21,7 +21,7 @@ from trtpool.ipc.arena import HUGE_PAGE_BYTES
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, ModelError, StartFailed, TrtpoolError
 from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.process import describe_exit
-from trtpool.ipc.settings import DEFAULT_MAX_BATCH, GpuInfo, InspectRequest, PoolSettings, Refusal
+from trtpool.ipc.settings import DEFAULT_MAX_BATCH, GpuInfo, InspectRequest, PoolSettings, Refusal, ShapeRange
 from trtpool.ipc.tensors import ModelSpec
 
 from .gpus import gpu_environment
@@ -89,7 +89,9 @@ def requests(settings: PoolSettings) -> tuple[InspectRequest, ...]:
                 f"{plans[0]} is a TensorRT plan, which needs a GPU: name the GPUs to use, such as --gpus 0"
             )
     names = [model.name for model in settings.models]
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {name: {} for name in names}
+    if unknown := set(settings.engine.no_batch) - set(names):
+        raise ConfigError(f"--no-batch {min(unknown)}: no model is called that; there are {', '.join(names)}")
+    shapes: dict[str, dict[str, ShapeRange]] = {name: {} for name in names}
     for key, shape in settings.engine.shapes.items():
         model, colon, tensor = key.partition(":")
         if not colon:
@@ -210,6 +212,13 @@ def lay_out(settings: PoolSettings, specs: Sequence[ModelSpec]) -> Layout:
 
 def _plan_model(settings: PoolSettings, spec: ModelSpec) -> ModelPlan:
     per_slot, limit = settings.items_per_slot, spec.batch_limit
+    if spec.whole_slots:
+        if per_slot not in (1, limit):
+            raise ConfigError(
+                f"model {spec.name!r} takes batches of {limit} only, and --partial-batches refuse makes each slot one, "
+                f"so --items-per-slot {per_slot} is not possible; leave it out"
+            )
+        per_slot = limit
     remedy = (
         "lower it, or build the plan for larger batches"
         if settings.gpus
@@ -220,7 +229,12 @@ def _plan_model(settings: PoolSettings, spec: ModelSpec) -> ModelPlan:
             raise ConfigError(
                 f"model {spec.name!r} takes batches of at most {limit}, so --{option} {value} is too large; {remedy}"
             )
-    max_batch = settings.max_batch or max(DEFAULT_MAX_BATCH, per_slot)
+    max_batch = settings.max_batch or max(DEFAULT_MAX_BATCH, per_slot, spec.batch_least)
+    if max_batch < per_slot:
+        raise ConfigError(
+            f"--max-batch {max_batch} is smaller than the batches of {per_slot} that model {spec.name!r} takes; "
+            "leave it out"
+        )
     if limit and not settings.max_batch:
         # A plan was built for its largest batch; a CPU gains little beyond the default.
         max_batch = limit if settings.gpus else min(max_batch, limit)

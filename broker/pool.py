@@ -141,7 +141,11 @@ class Pool(Client):
         device: "cpu" or "gpu"; by default what `gpus` says.
         gpus: the GPUs to use, such as ``0``, ``"0,1"`` or ``[0, "GPU-<uuid>"]``, numbered from 0 in this order; by
             default the models run on the CPU.
-        shapes: item shapes, by input name, for models that leave them open.
+        shapes: item shapes, by input name, for models that leave them open; ``(3, (32, 640), (32, 640))`` where items
+            differ, from the smallest to the largest.  By output name: the largest item of it, where nothing tells that.
+        no_batch: names of models without a batch axis in front: each item is a call of its own.
+        partial_batches: for a model that takes batches of one size: "pad" fills smaller ones up, "refuse" takes whole
+            ones only, one in each slot.
         threads: threads in one engine call on the CPU; 0 shares the machine's CPUs out among the workers.
         flavour, lanes, graphs, host_code: for workers on GPUs, see `trtpool.ipc.settings.EngineSettings`.
         build: how ONNX files are built into plans for a GPU; see `trtpool.ipc.settings.BuildSettings`.
@@ -167,7 +171,9 @@ class Pool(Client):
         *,
         device: str | None = None,
         gpus: int | str | Sequence[int | str] | None = None,
-        shapes: Mapping[str, Sequence[int]] | None = None,
+        shapes: Mapping[str, Sequence[int | Sequence[int]]] | None = None,
+        no_batch: Sequence[str] = (),
+        partial_batches: str = "pad",
         threads: int = 0,
         flavour: str = "",
         lanes: int = DEFAULT_LANES,
@@ -208,7 +214,12 @@ class Pool(Client):
             workers=workers,
             engine=EngineSettings(
                 threads=threads,
-                shapes={key: tuple(shape) for key, shape in (shapes or {}).items()},
+                shapes={
+                    key: tuple(axis if isinstance(axis, int) else tuple(axis) for axis in shape)
+                    for key, shape in (shapes or {}).items()
+                },
+                no_batch=tuple(no_batch),
+                partial=partial_batches,
                 flavour=flavour,
                 lanes=lanes,
                 graphs=graphs,

@@ -24,6 +24,7 @@ from trtpool.ipc.settings import BULK
 from .batching import Work, WorkQueue
 from .meters import NOTES_BYTES, Meter
 from .slots import Ring
+from .variants import VariantQueue
 
 OVERTAKES: Final = 4
 """Interactive work goes first, but of the batches that a worker is sent while older bulk work waits, at most so many in
@@ -224,15 +225,21 @@ class Line:
     def __init__(self, model: Model, gpu: int | None) -> None:
         self.model = model
         self.gpu = gpu
-        self.queue = WorkQueue(model.items_per_slot)
-        self.urgent = WorkQueue(model.items_per_slot)
+        queue = VariantQueue if model.varies else WorkQueue
+        self.queue = queue(model.items_per_slot)
+        self.urgent = queue(model.items_per_slot)
         self.suspects: deque[Suspect] = deque()
         self.hold_until_ns = 0
 
     @property
     def has_full_batch(self) -> bool:
         """Whether one slot more would not fit in the next batch."""
-        return self.queue.items + self.urgent.items > self.model.max_batch - self.model.items_per_slot
+        queue, urgent = self.queue, self.urgent
+        items = queue.items + urgent.items
+        if self.model.varies and items:
+            first = urgent.leading if len(urgent) else queue.leading
+            items = queue.items_like(first) + urgent.items_like(first)
+        return items > self.model.max_batch - self.model.items_per_slot
 
     def waiting(self) -> Iterator[Work]:
         """All its work that is QUEUED."""
@@ -274,12 +281,13 @@ class Model:
         evict_ns: before this nobody is evicted.
         max_delay_ns: how long bulk work may wait for a batch to fill.
         weight, finish: its share of the workers, and how much of that it has had; see `shares`.
+        varies: not all its work may share batches; see `variants`.
     """
 
     __slots__ = (
         "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lease_wait_ns", "lease_waits",
         "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "ring", "run_ns", "segment", "short_ns",
-        "spares", "totals", "unasked", "urgent", "waiting", "watched", "weight",
+        "spares", "totals", "unasked", "urgent", "varies", "waiting", "watched", "weight",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int, max_delay_ns: int = 0, weight: int = 1) -> None:
@@ -292,6 +300,7 @@ class Model:
         self.finish = 0
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
+        self.varies = not layout.spec.is_uniform
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()

@@ -14,6 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from trtpool.ipc.histogram import Histogram
+from trtpool.ipc.messages import Shapes
 
 from .batching import Work
 from .core import Core
@@ -54,6 +55,8 @@ class _Work(_Saved, frozen=True):
     passed: int
     attempts: int
     priority: int
+    shapes: Shapes
+    shared: bytes
 
 
 class _Batch(_Saved, frozen=True):
@@ -240,7 +243,7 @@ def _save_works(works: Sequence[Work]) -> list[_Work]:
     return [
         _Work(
             *(one.lease.id, one.at, one.count, one.items, one.seq, one.queued_ns, one.deadline_ns, one.again),
-            *(one.gpu, one.passed, one.attempts, one.priority),
+            *(one.gpu, one.passed, one.attempts, one.priority, *one.variant),
         )
         for one in works
     ]
@@ -308,7 +311,8 @@ def _restore_works(saved: list[_Work], leases: dict[int, LeaseRecord]) -> list[W
     works = []
     for one in saved:
         times = (one.seq, one.queued_ns, one.deadline_ns, one.again)
-        work = Work(leases[one.lease], one.at, one.count, one.items, *times, gpu=one.gpu, priority=one.priority)
+        lease, variant = leases[one.lease], (one.shapes, one.shared)
+        work = Work(lease, one.at, one.count, one.items, *times, gpu=one.gpu, priority=one.priority, variant=variant)
         work.passed, work.attempts = one.passed, one.attempts
         works.append(work)
     return works

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from trtpool.ipc import messages as m
 from trtpool.ipc.settings import MAX_ATTEMPTS
 
-from .batching import Work, halves
+from .batching import UNIFORM, Work, halves
 from .books import Books, Refused
 from .leasing import Leasing
 from .meters import LARGEST, NOTE_BYTES, note
 from .records import Batch, Model, Producer, Suspect, Worker
+from .shapes import check_outputs, variant_of
 from .slots import FINISH, SUBMIT, Event, move
 from .slow import SlowRequests
 from .timers import Timers
@@ -47,11 +48,15 @@ class Works:
                 m.BAD_MESSAGE,
                 f"{items} items in {count} slots of {model.items_per_slot}: all but the last slot must be full",
             )
+        if items != count * model.items_per_slot and model.layout.spec.whole_slots:
+            raise Refused(m.BAD_MESSAGE, f"{items} items in {count} slots of {model.items_per_slot}: all must be full")
         if message.again > model.cap:
             raise Refused(m.BAD_MESSAGE, f"again {message.again} is above the cap of {model.cap}")
         gpu = message.gpu
         if gpu is not None:
             books.check_gpu(gpu)
+        is_plain = not (model.varies or message.shapes or message.shared)
+        variant = UNIFORM if is_plain else variant_of(model.layout, message)
         move(lease.states, SUBMIT, message.first, count)
         lease.seq = message.seq
         if lease.spare:
@@ -59,7 +64,12 @@ class Works:
         producer.active_ns[model.index] = now_ns = books.now_ns
         deadline = 0 if message.deadline_ns is None else now_ns + max(1, message.deadline_ns)
         seq, again, priority = message.seq, message.again, message.priority
-        work = Work(lease, message.first, count, items, seq, now_ns, deadline, again, gpu=gpu, priority=priority)
+        work = Work(
+            *(lease, message.first, count, items, seq, now_ns, deadline, again),
+            gpu=gpu,
+            priority=priority,
+            variant=variant,
+        )
         line = model.lines[0] if gpu is None else model.line(gpu)
         if priority:
             line.urgent.add(work)
@@ -113,8 +123,11 @@ class Works:
 
     def finished(self, worker: Worker, message: m.Finished) -> None:
         """A batch has run: its outputs are written."""
-        batch = self._take_back(worker, message)
-        books, model, batches = self._books, batch.model, message.batches
+        batch = self._find_batch(worker, message)
+        books, model, batches, shapes = self._books, batch.model, message.batches, message.shapes
+        if model.varies or shapes:
+            check_outputs(model.layout, shapes)
+        self._take_back(worker, batch)
         now_ns, index = books.now_ns, model.index
         books.suspects -= batch.alone
         totals = model.totals
@@ -154,7 +167,8 @@ class Works:
             send(
                 producer.peer,
                 m.Done(
-                    lease.id, at, count, work.seq, m.OK, queue_ns, copy_in_ns, compute_ns, copy_out_ns, "", ended_ns
+                    *(lease.id, at, count, work.seq, m.OK, queue_ns, copy_in_ns, compute_ns, copy_out_ns),
+                    *("", ended_ns, shapes),
                 ),
             )
             if work.again:
@@ -168,22 +182,28 @@ class Works:
 
     def failed(self, worker: Worker, message: m.Failed) -> None:
         """A batch has failed, and the worker goes on."""
-        self._retry(self._take_back(worker, message), m.ENGINE_FAILED, message.text, counts=True)
+        batch = self._find_batch(worker, message)
+        self._take_back(worker, batch)
+        self._retry(batch, m.ENGINE_FAILED, message.text, counts=True)
 
     def worker_ended(self, worker: Worker, text: str) -> None:
         """All that a worker had goes back; what ran alone may be why it ended."""
         for batch in worker.batches.values():
             self._retry(batch, m.WORKER_DIED, text, counts=batch.alone)
 
-    def _take_back(self, worker: Worker, message: m.Finished | m.Failed) -> Batch:
-        """The batch that a worker answers for; it has it no more."""
+    @staticmethod
+    def _find_batch(worker: Worker, message: m.Finished | m.Failed) -> Batch:
+        """The batch that a worker answers for."""
         batch = worker.batches.get(message.batch)
         if batch is None or batch.attempt != message.attempt:
             raise Refused(m.BAD_MESSAGE, f"batch {message.batch}, attempt {message.attempt}, is not running here")
+        return batch
+
+    def _take_back(self, worker: Worker, batch: Batch) -> None:
+        """The worker has the batch no more."""
         if batch is next(iter(worker.batches.values())):
             worker.oldest_ns = self._books.now_ns  # the next one had to wait for it
         del worker.batches[batch.id]
-        return batch
 
     def _retry(self, batch: Batch, status: int, text: str, *, counts: bool) -> None:
         """Put a batch back: in halves, each to run alone, down to one slot, which fails after `MAX_ATTEMPTS`.

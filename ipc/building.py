@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from .settings import DEFAULT_BUILD_BATCH, BuildSettings, ModelSource, Profile, Refusal, Shape
+from .settings import DEFAULT_BUILD_BATCH, BuildSettings, ModelSource, Profile, Refusal, ShapeRange
 
 BUILD_FORMAT: Final = 1
 """Rises when the same file and options are to give another plan or record; cached plans are then built anew."""
@@ -36,7 +36,7 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     source: ModelSource
     flavour: str = ""
     build: BuildSettings = BuildSettings()
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, ShapeRange] = {}
     max_batch: int = DEFAULT_BUILD_BATCH
     output: str = ""
     timing_cache: str = ""
@@ -99,7 +99,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
     gpu: str
     compute_capability: str
     options: BuildSettings
-    shapes: dict[str, Shape]
+    shapes: dict[str, ShapeRange]
     max_batch: int
     tensors: tuple[PlanTensor, ...]
     seconds: float

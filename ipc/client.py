@@ -132,7 +132,8 @@ class Client:
 
         Args:
             inputs: arrays by tensor name, or give them as keyword arguments.  Each has the item's shape, or all
-                have one more axis in front, of any length.
+                have one more axis in front, of any length.  Where the model allows several shapes any of them will do,
+                one in a call; an input that a batch shares has its own shape and no axis more.
             model: see `lease`.
             timeout_s: seconds for each step: waiting for slots, and for each result.
             gpu: see `Lease.submit`.
@@ -142,19 +143,16 @@ class Client:
             Output arrays by name, with the same axis in front, if any.
 
         Raises:
-            InvalidInput: a missing or unknown name, a wrong shape or dtype, no such GPU.
+            InvalidInput: a missing or unknown name, a wrong shape or dtype, no such GPU; or the items' outputs have
+                different shapes, since these depend on what is in the inputs.
             PoolBusy, PoolClosed, WorkError: see `lease` and `Submitted.result`.
             TimeoutError: a result did not come in time.
         """
         index = self.model_index(model)
         layout = self.models[index]
         checked, items = _check_inputs(layout, {**(inputs or {}), **arrays})
-        outputs = {
-            spec.name: np.empty((1 if items is None else items, *spec.shape), spec.numpy_dtype)
-            for spec in layout.spec.outputs
-        }
         total = 1 if items is None else items
-        Inference(self.session, index, checked, outputs, total, timeout_s, gpu, priority).run()
+        outputs = Inference(self.session, index, checked, total, timeout_s, gpu, priority).run()
         return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
 
     def map(
@@ -175,6 +173,8 @@ class Client:
         Args:
             write: called as ``write(item, inputs)`` to write an item into a slot's input arrays, by name.  Where slots
                 hold several items, `item` is whatever fills one slot, and a returned int says how many it wrote.
+                Where items differ in shape, ``inputs["x"] = item`` and ``inputs.shaped("x", shape)`` say which this
+                one has.
             items: any iterable; read as slots come free.
             window: slots that are written or in flight at once; more than the client's cap is cut to it.
             ordered: yield in the order of `items`; else as they end.
@@ -266,12 +266,15 @@ def _check_inputs(
         raise InvalidInput(
             f"model {layout.spec.name!r} has the inputs {', '.join(specs)}, got {', '.join(given) or 'none'}"
         )
-    first = layout.spec.inputs[0]
+    first = next((spec for spec in layout.spec.inputs if not spec.shared), layout.spec.inputs[0])
     try:
         shape = np.shape(given[first.name])
     except ValueError:  # rows of different lengths; `check_array` says so
         shape = first.shape
-    items = None if shape == first.shape else shape[0] if shape else 0
+    is_one = shape == first.shape or (first.least is not None and len(shape) == len(first.shape))
+    items = None if is_one else shape[0] if shape else 0
     leading = () if items is None else (items,)
-    arrays = {name: check_array(spec, given[name], leading) for name, spec in specs.items()}
-    return ({name: array[None] for name, array in arrays.items()} if items is None else arrays), items
+    arrays = {name: check_array(spec, given[name], () if spec.shared else leading) for name, spec in specs.items()}
+    if items is None:
+        return {name: array if specs[name].shared else array[None] for name, array in arrays.items()}, items
+    return arrays, items

@@ -16,9 +16,10 @@ too, since NumPy makes them hold the root.
 from __future__ import annotations
 
 import asyncio
+import operator
 import warnings
 import weakref
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,7 +32,9 @@ from .errors import Cancelled, DeadlineExceeded, EngineFailed, InvalidInput, Spe
 from .layout import ModelLayout, Plane
 from .logs import work_id
 from .settings import BULK, Priority
+from .tensors import check_array
 from .timings import Timings, timings_of
+from .variation import Variation
 
 if TYPE_CHECKING:
     from .session import Session
@@ -66,7 +69,7 @@ class Claim:
 
     __slots__ = (
         "at", "count", "done", "first", "lease_id", "lease_ns", "leased_ns", "model", "model_index", "priority",
-        "received_ns", "released", "root_ref", "session", "state", "submitted_ns",
+        "received_ns", "released", "results", "root_ref", "session", "shapes", "state", "submitted_ns",
     )  # fmt: skip
 
     def __init__(self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int) -> None:
@@ -83,6 +86,8 @@ class Claim:
         self.state = LEASED
         self.released = False
         self.root_ref: weakref.ref[npt.NDArray[Any]] | None = None
+        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of inputs, by slot, where not the largest
+        self.results: dict[int, m.Shapes] = {}  # of outputs that vary, by slot
 
     def root(self) -> npt.NDArray[Any]:
         """The array that all views of these slots hang on."""
@@ -98,18 +103,25 @@ class Claim:
     def view(self, plane: Plane, row: int | None) -> npt.NDArray[Any]:
         """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``.
 
-        `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item.
+        `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item, or one of the tensor.
         """
-        model = self.model
-        shape = plane.spec.shape
-        if model.items_per_slot > 1:
+        model, spec = self.model, plane.spec
+        if spec.least is not None:
+            return self.variation.view(self, plane, row, done=self.state == DONE)
+        shape = spec.shape
+        if model.items_per_slot > 1 and not spec.shared:
             shape = (model.items_per_slot, *shape)
         if row is None:
             shape = (self.count, *shape)
         row_bytes = model.row_bytes(plane)
         offset = plane.offset + (self.first + (row or 0)) * row_bytes
         self.session.residence.touch(offset, row_bytes if row is not None else self.count * row_bytes)
-        return np.ndarray(shape, plane.spec.numpy_dtype, self.root(), offset)
+        return np.ndarray(shape, spec.numpy_dtype, self.root(), offset)
+
+    @property
+    def variation(self) -> Variation:
+        """In what the model's items differ."""
+        return self.session.models[self.model_index].variation
 
     def split(self, at: int, count: int) -> Claim:
         """A claim on `count` of these slots from `at`; the caller gives up this one.
@@ -120,6 +132,8 @@ class Claim:
         claim.lease_ns, claim.leased_ns = self.lease_ns, self.leased_ns
         claim.priority = self.priority
         claim.root_ref = self.root_ref
+        if self.shapes:
+            claim.shapes = {row - at: shapes for row, shapes in self.shapes.items() if at <= row < at + count}
         return claim
 
     @property
@@ -173,10 +187,55 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
         self._claim.require(self._state)
         if self._valid is not None and self._valid.spent:
             raise SpentHandle("this result was passed by; copy what you keep before the next item, or list its arrays")
+        return self._claim.view(self._plane(name), self._row)
+
+    def __setitem__(self, name: str, array: npt.ArrayLike) -> None:
+        """Write an input: ``inputs["x"] = array`` gives it the array's shape, and copies.
+
+        The array has the shape of ``inputs["x"]``, where items may differ any within the model's range.
+
+        Raises:
+            InvalidInput: shape or dtype do not fit, or this is an output.
+            SpentHandle: submitted or released.
+        """
+        claim, plane = self._claim, self._plane(name)
+        self._require_inputs(name)
+        leading = () if self._row is not None else (claim.count,)
+        if claim.model.items_per_slot > 1 and not plane.spec.shared:
+            leading = (*leading, claim.model.items_per_slot)
+        given = check_array(plane.spec, array, leading)
+        self.shaped(name, given.shape[len(leading) :])[...] = given
+
+    def shaped(self, name: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+        """An input to write in place, for items of `shape`, which goes out with the submission.
+
+        Args:
+            name: the input.
+            shape: of one item, within the range of `TensorSpec.least` and `TensorSpec.shape`.
+
+        Returns:
+            The array, dense, with the axes that ``inputs[name]`` has in front of an item's.  Each input has the largest
+            shape until this is called, and the last shape that it is given counts.
+
+        Raises:
+            InvalidInput: the shape is not within the model's range, or this is an output.
+            SpentHandle: submitted or released.
+        """
+        claim, plane = self._claim, self._plane(name)
+        self._require_inputs(name)
+        claim.variation.set_shape(claim, plane, self._row, tuple(map(operator.index, shape)))
+        return self[name]
+
+    def _require_inputs(self, name: str) -> None:
+        if self._state != LEASED:
+            raise InvalidInput(f"{name!r} is an output, which the model writes; copy it to change it")
+        self._claim.require(LEASED)
+
+    def _plane(self, name: str) -> Plane:
         plane = self._planes.get(name)
         if plane is None:
             raise InvalidInput(f"the model has no tensor {name!r} here; it has {', '.join(map(repr, self._planes))}")
-        return self._claim.view(plane, self._row)
+        return plane
 
     def __contains__(self, name: object) -> bool:
         return name in self._planes
@@ -214,7 +273,8 @@ class Lease:
         """The input arrays to write, by name: views of the arena, in whatever state the last user left them.
 
         Each has shape ``item_shape`` (``(items_per_slot, *item_shape)`` where slots hold several), with an axis of
-        `count` slots in front unless this is one slot from `lease()`.
+        `count` slots in front unless this is one slot from `lease()`.  Where items differ in shape it is the largest,
+        until `Tensors.shaped`, or ``inputs[name] = array``, gives another; a shared input has one value for each slot.
 
         Raises:
             SpentHandle: submitted or released.
@@ -242,7 +302,8 @@ class Lease:
 
         Raises:
             SpentHandle: submitted or released before.
-            InvalidInput: `items` does not fill all slots but the last, or the pool has no such GPU or class.
+            InvalidInput: `items` does not fill all slots but the last, or the pool has no such GPU or class; or items
+                of different shapes, or slots that differ in a shared input, were to go together.
             PoolClosed: the pool ended.
         """
         return self._claim.session.submit(self._claim, self._row, items, deadline_s, gpu, priority)
@@ -319,10 +380,11 @@ class Result:
 
     @property
     def outputs(self) -> Tensors:
-        """The output arrays by name, shaped like the inputs of the lease.
+        """The output arrays by name, shaped like the inputs of the lease, with the items' real shapes.
 
         Raises:
             SpentHandle: released.
+            InvalidInput: on access, if the slots of a run have different shapes; see `at`.
         """
         claim = self._claim
         claim.require(DONE)
@@ -416,7 +478,10 @@ class Submitted(Future[Result]):
         at = done.first - claim.at
         if done.status == m.OK or claim.done is None:
             claim.done, claim.received_ns = done, now_ns
-        if done.status != m.OK:
+        if done.status == m.OK:
+            if done.shapes:
+                claim.variation.take_results(claim, at, done.count, done.shapes)
+        else:
             kind = _WORK_ERRORS.get(done.status, WorkError)
             for slot in range(at, at + done.count):
                 self.errors[slot] = kind(done.text, range(at, at + done.count), self.work_id)

@@ -11,8 +11,10 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
+from .errors import InvalidInput
 from .handles import Claim, Lease, Leases, Submitted
 from .session import Request, Session, check_priority
 from .settings import Priority
@@ -32,7 +34,7 @@ class Inference:
     Args:
         session: the connection.
         model: its number.
-        inputs, outputs: arrays by name, whose first axis counts items.
+        inputs: arrays by name, whose first axis counts items, but for shared inputs.
         total: items.
         timeout_s, gpu, priority: see `Client.infer`.
     """
@@ -42,7 +44,6 @@ class Inference:
         session: Session,
         model: int,
         inputs: Mapping[str, npt.NDArray[Any]],
-        outputs: Mapping[str, npt.NDArray[Any]],
         total: int,
         timeout_s: float | None,
         gpu: int | None,
@@ -51,20 +52,27 @@ class Inference:
         self._session = session
         self._model = model
         self._inputs = inputs
-        self._outputs = outputs
         self._total = total
         self._timeout_s = timeout_s
         self._gpu = session.check_gpu(gpu)
         self._priority = check_priority(priority)
         layout = session.layout.models[model]
+        outputs = layout.spec.outputs
+        self._outputs = {
+            spec.name: np.empty((total, *spec.shape), spec.numpy_dtype) for spec in outputs if spec.least is None
+        }
+        self._varying = {spec.name: spec for spec in outputs if spec.least is not None}
+        self._seen: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self._varying}
+        self._order = [spec.name for spec in outputs]
+        self._specs = {spec.name: spec for spec in layout.spec.inputs}
         self._per_slot = layout.items_per_slot
         self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.room(model)))
         self._start = 0  # items submitted
         self._in_flight: deque[_Span] = deque()
         self._request: Request | None = None
 
-    def run(self) -> None:
-        """Fill the outputs."""
+    def run(self) -> dict[str, npt.NDArray[Any]]:
+        """The outputs, with an axis of items in front."""
         try:
             while self._start < self._total or self._in_flight:
                 claims = self._claims() if self._start < self._total else None
@@ -77,6 +85,7 @@ class Inference:
                 self._session.abandon(self._request)
             for span in self._in_flight:
                 span.submitted.release()
+        return {name: self._join(name) if name in self._seen else self._outputs[name] for name in self._order}
 
     def _claims(self) -> list[Claim] | None:
         """Slots for the next items; None when the oldest result came first."""
@@ -102,7 +111,7 @@ class Inference:
             for lease in leases:
                 end = min(self._total, self._start + lease.count * self._per_slot)
                 for name, array in self._inputs.items():
-                    self._items_of(lease.inputs[name])[: end - self._start] = array[self._start : end]
+                    self._write(lease, name, array, end)
                 self._in_flight.append(_Span(lease.submit(items=end - self._start, gpu=self._gpu), self._start, end))
                 self._start = end
         except BaseException:
@@ -114,8 +123,42 @@ class Inference:
             result = span.submitted.result(self._timeout_s)
             for name, array in self._outputs.items():
                 array[span.start : span.end] = self._items_of(result.outputs[name])[: span.end - span.start]
+            for name, seen in self._seen.items():
+                for row in range(span.submitted.claim.count):
+                    one = result.at(row)
+                    outputs = one.outputs[name]
+                    seen.append((outputs[: one.items] if self._per_slot > 1 else outputs[None]).copy())
         finally:
             span.submitted.release()
+
+    def _write(self, lease: Lease, name: str, array: npt.NDArray[Any], end: int) -> None:
+        """Write the items from `_start` to `end` of an input into the slots."""
+        spec, items = self._specs[name], end - self._start
+        if spec.shared:
+            lease.inputs.shaped(name, array.shape)[...] = array
+        elif spec.least is None:
+            self._items_of(lease.inputs[name])[:items] = array[self._start : end]
+        else:  # rows lie apart
+            view = lease.inputs.shaped(name, array.shape[1:])
+            if self._per_slot == 1:
+                view[...] = array[self._start : end]
+                return
+            for row in range(lease.count):
+                start = self._start + row * self._per_slot
+                part = array[start : min(end, start + self._per_slot)]
+                view[row, : len(part)] = part
+
+    def _join(self, name: str) -> npt.NDArray[Any]:
+        """All items of an output that varies."""
+        seen, spec = self._seen[name], self._varying[name]
+        if not seen:  # no items
+            return np.empty((0, *spec.shape), spec.numpy_dtype)
+        if len({array.shape[1:] for array in seen}) > 1:
+            raise InvalidInput(
+                f"output {name!r} has another shape for each item, which is no one array; infer the items one by one, "
+                "or use map()"
+            )
+        return np.concatenate(seen)
 
     def _items_of(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """An array of slots as an array of items."""

@@ -12,6 +12,12 @@
 
 A plane is an array of shape ``(slots, items_per_slot, *item_shape)``; its rows have no gaps, so any run
 of slots is one contiguous array for each tensor, and a batch of adjacent slots needs one copy.
+
+Where items differ in shape, rows have room for the largest.  Items of another shape lie dense from their row's start::
+
+    | a a a . . . . . | b b b . . . . . |     two slots of one item, three of eight numbers used
+
+A shared tensor (`TensorSpec.shared`) has one value in each row, whatever `items_per_slot` is.
 """
 
 from __future__ import annotations
@@ -28,6 +34,11 @@ from .errors import ProtocolError
 from .tensors import ModelSpec, TensorSpec
 
 PAGE_BYTES: Final = 4096
+
+
+def row_items(spec: TensorSpec, items_per_slot: int) -> int:
+    """How many items of a tensor a row holds."""
+    return 1 if spec.shared else items_per_slot
 
 
 class Plane(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -58,17 +69,17 @@ class ModelLayout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     segment: Annotated[int, msgspec.Meta(ge=0, le=0)] = 0
 
     def plane_shape(self, plane: Plane) -> tuple[int, ...]:
-        """Shape of the whole plane: ``(slots, items_per_slot, *item_shape)``."""
-        return (self.slots, self.items_per_slot, *plane.spec.shape)
+        """Shape of the whole plane: ``(slots, items_per_slot, *item_shape)``; a shared tensor has 1 item in each."""
+        return (self.slots, row_items(plane.spec, self.items_per_slot), *plane.spec.shape)
 
     def row_bytes(self, plane: Plane) -> int:
         """Bytes of one row, which holds one slot's items."""
-        return self.items_per_slot * plane.spec.item_bytes
+        return row_items(plane.spec, self.items_per_slot) * plane.spec.item_bytes
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one slot over all planes."""
-        return self.items_per_slot * self.spec.item_bytes
+        return sum(self.row_bytes(plane) for plane in self.inputs + self.outputs)
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,17 +123,17 @@ def plan(models: Sequence[ModelPlan]) -> Layout:
     offset = 0
     layouts = []
 
-    def place(specs: tuple[TensorSpec, ...], rows: int) -> tuple[Plane, ...]:
+    def place(specs: tuple[TensorSpec, ...], model: ModelPlan) -> tuple[Plane, ...]:
         nonlocal offset
         planes = []
         for spec in specs:
             planes.append(Plane(spec, offset))
-            offset += -(-rows * spec.item_bytes // PAGE_BYTES) * PAGE_BYTES
+            size = model.slots * row_items(spec, model.items_per_slot) * spec.item_bytes
+            offset += -(-size // PAGE_BYTES) * PAGE_BYTES
         return tuple(planes)
 
     for model in models:
-        rows = model.slots * model.items_per_slot
-        inputs, outputs = place(model.spec.inputs, rows), place(model.spec.outputs, rows)
+        inputs, outputs = place(model.spec.inputs, model), place(model.spec.outputs, model)
         layouts.append(ModelLayout(model.spec, model.slots, model.items_per_slot, model.max_batch, inputs, outputs))
     return Layout(tuple(layouts), offset)
 

@@ -32,7 +32,7 @@ from . import messages as m
 from .errors import PoolClosed, ProtocolError
 from .lifeline import CONNECT_TIMEOUT_S, Description
 from .pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
-from .settings import PROTOCOL_VERSION
+from .settings import MAX_FRAME_BYTES, PROTOCOL_VERSION
 
 # Plain integers: enum flags cost 2 us a use, on a path that has 10 us.
 NOBLOCK: Final = int(zmq.NOBLOCK)
@@ -41,7 +41,7 @@ POLLIN: Final = int(zmq.POLLIN)
 NOSIGNAL: Final = int(socket.MSG_NOSIGNAL)
 
 MAX_SENT: Final = 512
-"""Most messages in a frame that we send; of so many the longest stay below `MAX_FRAME_BYTES`."""
+"""Most messages in a frame that we send; of so many the longest without shapes stay below `MAX_FRAME_BYTES`."""
 
 LINGER_MS: Final = 1000
 """How long closing waits for the last messages to go out."""
@@ -149,7 +149,13 @@ class Link:
         while len(messages) > MAX_SENT:
             self._send_frame(m.encode(messages[:MAX_SENT]))
             messages = messages[MAX_SENT:]
-        self._send_frame(m.encode(messages))
+        frame = m.encode(messages)
+        if len(frame) > MAX_FRAME_BYTES and len(messages) > 1:  # with many shapes in them
+            middle = len(messages) // 2
+            self.send(messages[:middle])
+            self.send(messages[middle:])
+        else:
+            self._send_frame(frame)
 
     def receive(self) -> list[m.FromBroker]:
         """Messages that have arrived, without waiting: those of a frame, or more; none: there are no more frames."""

@@ -1,7 +1,8 @@
 """`Client.map`: a stream of items through the pool.
 
-Items are leased and submitted in runs, of a few MiB or a quarter of the window, so that a message carries many;
-a run that fills slowly is submitted as far as it is filled, so that its first items start while the next are written.
+Items are leased and submitted in runs, of a few MiB or a quarter of the window, so that a message carries many; where
+items differ in shape, those of one shape that follow each other go together.
+A run that fills slowly is submitted as far as it is filled, so that its first items start while the next are written.
 Each Submit asks for as many slots again, which come with the result:
 a steady stream needs one message each way for each run.
 """
@@ -67,6 +68,7 @@ class Mapper(Generic[T]):
         layout = session.layout.models[model]
         self._per_slot = layout.items_per_slot
         self._planes = session.models[model].inputs
+        self._variation = session.models[model].variation if session.models[model].varies else None
         most = min(window, session.models[model].cap)
         self._run_slots = max(1, min(RUN_BYTES // max(1, layout.slot_bytes), most // 4))
         self._window = most - most % self._run_slots
@@ -135,6 +137,10 @@ class Mapper(Generic[T]):
         batch: list[T] = []
         try:
             while len(batch) < claim.count and (last := self._write_next(claim, batch)):
+                if self._differs(claim, len(batch) - 1):
+                    item = batch.pop()
+                    claim = self._submit_head(claim, batch, self._per_slot)
+                    batch, started = [item], time.monotonic_ns()
                 if last != self._per_slot or (
                     len(batch) < claim.count and time.monotonic_ns() - started > SLOW_WRITE_NS
                 ):
@@ -161,6 +167,15 @@ class Mapper(Generic[T]):
             self._failure = error
         self._exhausted = True
         return 0
+
+    def _differs(self, claim: Claim, row: int) -> bool:
+        """Whether a slot cannot be submitted with the one before it."""
+        variation = self._variation
+        return (
+            variation is not None
+            and row > 0
+            and variation.row_variant(claim, row) != variation.row_variant(claim, row - 1)
+        )
 
     def _items_of(self, written: object) -> int:
         """How many items a slot holds, by what `write` returned."""

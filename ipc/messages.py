@@ -38,12 +38,19 @@ import msgspec
 
 from .errors import ProtocolError
 from .settings import BULK, INTERACTIVE, TOKEN_BYTES
+from .tensors import Size
 
 U31 = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 U63 = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Class = Annotated[int, msgspec.Meta(ge=BULK, le=INTERACTIVE)]
+Dims = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
+Shapes = Annotated[tuple[Dims, ...], msgspec.Meta(max_length=64)]
+"""Of one item, for each tensor whose items differ in shape, in the model's order; see `ModelSpec.varying`."""
+
+SHARED_BYTES: Final = 16
+"""A digest of what a submission has in its shared inputs."""
 
 MAX_MESSAGES: Final = 4096
 """Most messages in one frame."""
@@ -131,7 +138,8 @@ class Submit(_Message, frozen=True, tag=5):
     (None: never).  `again` asks for that many new slots when the work is done, if nobody else waits: granted
     rows then lie side by side with those of the batch-mates, and a steady producer needs one message for
     each piece of work.  `gpu` is the pool's number for the one GPU that may run it (None: any), `priority` a class
-    of `settings.PRIORITIES`.
+    of `settings.PRIORITIES`.  `shapes` are those of all its items, for inputs that vary, and `shared` is a digest of
+    the shared inputs, which are the same in all its slots: only what is equal in both goes into a batch together.
     """
 
     lease: U63
@@ -143,6 +151,8 @@ class Submit(_Message, frozen=True, tag=5):
     again: U31 = 0
     gpu: U31 | None = None
     priority: Class = BULK
+    shapes: Shapes = ()
+    shared: Annotated[bytes, msgspec.Meta(max_length=SHARED_BYTES)] = b""
 
 
 class Done(_Message, frozen=True, tag=6):
@@ -150,7 +160,7 @@ class Done(_Message, frozen=True, tag=6):
 
     `status` is `OK` or the reason; `text` says more of it. The times are those of the batch, a mean if a Run was
     cut into several, but for `queue_ns`, from the Submit's arrival until its batch went to a worker.  `ended_ns` is
-    that of Finished.
+    that of Finished.  `shapes` are those of outputs that vary.
     """
 
     lease: U63
@@ -164,6 +174,7 @@ class Done(_Message, frozen=True, tag=6):
     copy_out_ns: U63
     text: Text = ""
     ended_ns: U63 = 0
+    shapes: Shapes = ()
 
 
 class Release(_Message, frozen=True, tag=7):
@@ -208,14 +219,15 @@ class Rows(_Message, frozen=True):
 class Run(_Message, frozen=True, tag=11):
     """A batch for a worker, or several, which it cuts itself.
 
-    `attempt` counts from 0 over all workers that got these rows.  `works` names what is in it, the first `MAX_NAMED`,
-    if each work is logged; see `logs.work_id`.
+    `attempt` counts from 0 over all workers that got these rows.  `shapes` are as in Submit.  `works` names what is in
+    it, the first `MAX_NAMED`, if each work is logged; see `logs.work_id`.
     """
 
     batch: U63
     attempt: U31
     model: U31
     rows: Annotated[list[Rows], msgspec.Meta(min_length=1)]
+    shapes: Shapes = ()
     works: Annotated[list[str], msgspec.Meta(max_length=MAX_NAMED)] = []
 
 
@@ -223,6 +235,7 @@ class Finished(_Message, frozen=True, tag=12):
     """All outputs of a Run are written.  Times are sums over the `batches` that it was cut into.
 
     `ended_ns` is when the worker found the last of them written, by the host's monotonic clock; 0: not told.
+    `shapes` are those of the outputs that vary.
     """
 
     batch: U63
@@ -233,6 +246,7 @@ class Finished(_Message, frozen=True, tag=12):
     gathered_items: U63
     batches: Count = 1
     ended_ns: U63 = 0
+    shapes: Shapes = ()
 
 
 class Failed(_Message, frozen=True, tag=13):

@@ -24,11 +24,12 @@ from . import messages as m
 from .arena import Residence, map_segment
 from .errors import ForkedClient, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
 from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
-from .layout import Layout, Plane
+from .layout import Layout, ModelLayout, Plane
 from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
 from .link import LINGER_MS, TRANSPORTS, Attendant
 from .settings import BULK, PRIORITIES
+from .variation import Variation
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
 
 log = logging.getLogger("trtpool.client")
@@ -115,16 +116,19 @@ class ModelState:
         inputs, outputs: planes by tensor name.
         cap: slots this client may hold.
         held: slots it holds.
+        variation: in what its items differ.
         spares: claims granted in advance, by a Submit's `again`.
         step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
             will lease as many again.
     """
 
-    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps")
+    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "variation", "varies")
 
-    def __init__(self, inputs: dict[str, Plane], outputs: dict[str, Plane], cap: int) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
+    def __init__(self, layout: ModelLayout, cap: int) -> None:
+        self.inputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.inputs}
+        self.outputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.outputs}
+        self.variation = Variation(layout)
+        self.varies = bool(self.variation)
         self.cap = cap
         self.held = 0
         self.step = self.steps = 0
@@ -160,8 +164,7 @@ class Session:
                 if not again:
                     raise
         self.models = [
-            ModelState({p.spec.name: p for p in model.inputs}, {p.spec.name: p for p in model.outputs}, cap)
-            for model, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
+            ModelState(layout, cap) for layout, cap in zip(self.layout.models, self.link.welcome.caps, strict=True)
         ]
         self.closed = self.forked = False
         self._slow_told_ns = self._slow_untold = 0
@@ -429,6 +432,13 @@ class Session:
                     f"{given} items in {claim.count} slots of {per_slot}: all but the last must be full; "
                     "submit slots by themselves with .slots()"
                 )
+            if given != full and claim.model.spec.whole_slots:
+                raise InvalidInput(
+                    f"{given} items in {claim.count} slots of {per_slot}: the model takes batches of {per_slot} only, "
+                    "and the pool was started so that it fills none up (--partial-batches refuse)"
+                )
+            state = self.models[claim.model_index]
+            shapes, shared = state.variation.variant(claim) if state.varies else ((), b"")
             self._require_open()
             seq = self._next_seq
             self._next_seq += 1
@@ -436,7 +446,12 @@ class Session:
             claim.state = SUBMITTED
             claim.submitted_ns = time.monotonic_ns()
             self._pending[seq] = submitted
-            self._send(m.Submit(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number))
+            self._send(
+                m.Submit(
+                    *(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number),
+                    *(shapes, shared),
+                )
+            )
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "work %s submitted: %d items in %d slots", submitted.work_id, given, claim.count,

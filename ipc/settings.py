@@ -53,7 +53,12 @@ MAX_WAITING_REQUESTS: Final = 1024
 
 Uid = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 2)]
 Gpu = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,3}|(GPU|MIG)-[A-Za-z0-9/-]{1,100})\Z")]
-Shape = Annotated[tuple[Annotated[int, msgspec.Meta(ge=1, le=2**31)], ...], msgspec.Meta(max_length=16)]
+_Axis = Annotated[int, msgspec.Meta(ge=1, le=2**31)]
+Shape = Annotated[tuple[_Axis, ...], msgspec.Meta(max_length=16)]
+# A `tuple[_Axis, _Axis]` in a union with an int ends the process in msgspec 0.22.
+_Range = Annotated[tuple[_Axis, ...], msgspec.Meta(min_length=2, max_length=2)]
+ShapeRange = Annotated[tuple[_Axis | _Range, ...], msgspec.Meta(max_length=16)]
+"""An item shape, with a smallest and a largest size where items differ: ``(3, (32, 128), (320, 2560))``."""
 
 
 class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,7 +68,11 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         device: "cpu" (ONNX files on onnxruntime) or "gpu" (TensorRT plans, and ONNX files that are built into one).
         threads: threads inside one engine call (onnxruntime's intra-op threads); 0 shares the
             machine's CPUs out among the workers.  CPU only.
-        shapes: item shapes, by input name, for models that leave them open.
+        shapes: item shapes, by input name, for models that leave them open; by output name, the largest item of an
+            output that only a run tells the shape of.
+        no_batch: names of models whose tensors have no batch axis, or not in front: each item is a call of its own.
+        partial: what becomes of batches smaller than the only one that a model takes: "pad" fills them up, "refuse"
+            makes slots of whole batches, which must be submitted full.  CPU only.
         flavour: the TensorRT to use: a key of `FLAVOURS`; empty: the plan's header says, else what is installed.
         lanes: batches that a GPU worker has in flight at once.
         graphs: capture the engine's work into CUDA graphs.
@@ -73,7 +82,9 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     device: Annotated[str, msgspec.Meta(pattern=r"^(cpu|gpu)\Z")] = "cpu"
     threads: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, ShapeRange] = {}
+    no_batch: tuple[str, ...] = ()
+    partial: Annotated[str, msgspec.Meta(pattern=r"^(pad|refuse)\Z")] = "pad"
     flavour: Annotated[str, msgspec.Meta(pattern=r"^(|tensorrt|rtx|lean)\Z")] = ""
     lanes: Annotated[int, msgspec.Meta(ge=1, le=16)] = DEFAULT_LANES
     graphs: bool = True

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -40,12 +41,14 @@ class Good(NamedTuple):
         answer: what it computes.
         shapes: item shapes to give, for inputs that leave theirs open.
         batch_limit: what its spec must say.
+        settings: how it is loaded, beside `shapes`.
     """
 
     model: str | onnx.ModelProto
     answer: Callable[[Arrays], dict[str, npt.NDArray[Any]]]
     shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({})
     batch_limit: int = 0
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 def _mlp() -> onnx.ModelProto:
@@ -79,6 +82,26 @@ MANY_DTYPES = (
 )
 FIXED_BATCH_ONE = "one (float[1,4] x) => (float[1,4] y) { y = Neg(x) }"
 OPEN_ITEM = "open (float[N,3,H,W] x) => (float[N,H,W] y) <int64[1] axis = {1}> { y = ReduceSum<keepdims=0>(x, axis) }"
+FIXED_BATCH = "fixed (float[20,4] x) => (float[20,4] y) { y = Neg(x) }"
+BFLOAT16 = "bf (bfloat16[N,4] x) => (float8e5m2[N,4] z, bfloat16[N,4] y) { z = Cast<to=19>(x) y = Identity(x) }"
+# One value for the whole call, and an output with its batch, of 1, behind.
+NO_BATCH = (
+    "whole (float[2,3] x) => (float y, float[2] z) <int64 zero = {0}> "
+    "{ y = ReduceSum<keepdims=0>(x) z = Gather<axis=1>(x, zero) }"
+)
+# Items of several shapes; one output has the input's, one loses an axis, one has always the same.
+VARYING = (
+    "varying (float[N,2,T] x) => (float[N,2,T] y, float[N,T] s, float[N,1] m) <int64[1] axis = {1}, "
+    "int64[2] flat = {0, -1}> "
+    "{ y = Neg(x) s = ReduceSum<keepdims=0>(x, axis) r = Reshape(x, flat) m = ReduceMax<axes=[1]>(r) }"
+)
+# A factor for the whole batch.
+SHARED = (
+    "shared (float[N,3] x, float k, float[2,3] b) => (float[N,3] y) "
+    "{ m = ReduceMax<axes=[0]>(b) p = Mul(x, k) y = Add(p, m) }"
+)
+# As many rows as the item has numbers that are not 0.
+COUNTED = "counted (float[T] x) => (int64[K] y) <int64[1] axis = {0}> { z = NonZero(x) y = Squeeze(z, axis) }"
 UNNAMED = "unnamed (float[?,4] x) => (float[?,?] y) { y = Concat<axis=1>(x, x) }"
 # An output whose first axis has a name of its own: only a run can tell that it is the batch.
 RENAMED = "renamed (float[N,4] x) => (float[M,2,2] y) <int64[3] s = {-1, 2, 2}> { y = Reshape(x, s) }"
@@ -105,6 +128,16 @@ MODELS: dict[str, Good] = {
     ),
     "unnamed": Good(UNNAMED, lambda given: {"y": np.concatenate([given["x"], given["x"]], axis=1)}),
     "renamed": Good(RENAMED, lambda given: {"y": given["x"].reshape(-1, 2, 2)}),
+    "fixed_batch": Good(FIXED_BATCH, lambda given: {"y": -given["x"]}, batch_limit=20),
+    "bfloat16": Good(
+        BFLOAT16, lambda given: {"z": given["x"].astype(np.float32).astype(ml_dtypes.float8_e5m2), "y": given["x"]}
+    ),
+    "no_batch": Good(
+        NO_BATCH,
+        lambda given: {"y": given["x"].sum((1, 2)), "z": given["x"][:, :, 0]},
+        batch_limit=1,
+        settings={"no_batch": ("no_batch",)},
+    ),
 }
 
 
@@ -112,14 +145,21 @@ NOT_THE_BATCH = "first axis must be the batch"
 
 # Models that cannot be served, each with a part of the text that must say so.
 BAD_MODELS: dict[str, tuple[str, str]] = {
-    "batch of 4": (
-        "g (float[4,3] x) => (float[4,3] y) { y = Neg(x) }",
-        "export the model with a dynamic first axis",
+    "no axes": ("g (float x) => (float y) { y = Neg(x) }", "need a first axis for the batch"),
+    "different first axes": (
+        "g (float[4,3] x, float[2,3] a) => (float[4,3] y) { m = ReduceMax<keepdims=0>(a) y = Mul(x, m) }",
+        "(x (4, 3), a (2, 3)) have different first axes, so none can be the batch",
     ),
-    "no axes": ("g (float x) => (float y) { y = Neg(x) }", "needs a first axis for the batch"),
+    "batch on the second axis": (
+        "g (float[N,3] x, float[2,N] s) => (float[N,3] y) { m = ReduceMax<keepdims=0>(s) y = Mul(x, m) }",
+        "input 's' of bad.onnx has shape (2, N), whose first axis is not the batch",
+    ),
     "open item": (
         "g (float[N,3,?,?] x) => (float[N,3,?,?] y) { y = Neg(x) }",
-        "input 'x' of bad.onnx has shape (N, 3, ?, ?): give its item shape, for example --shape x=3x640x640",
+        (
+            "input 'x' of bad.onnx has shape (N, 3, ?, ?): give its item shape, for example --shape x=3x640x640, "
+            "or with a range, such as 32..640, for each axis in which items differ"
+        ),
     ),
     "empty item": ("g (float[N,0] x) => (float[N,0] y) { y = Neg(x) }", "make its size fixed"),
     "output without batch": (
@@ -165,7 +205,6 @@ BAD_MODELS: dict[str, tuple[str, str]] = {
         "remove those outputs",
     ),
     "string": ("g (string[N,4] x) => (string[N,4] y) { y = Identity(x) }", "is a tensor(string)"),
-    "bfloat16": ("g (bfloat16[N,4] x) => (float[N,4] y) { y = Cast<to=1>(x) }", "is a tensor(bfloat16)"),
     "sequence": (
         "g (float[N,4] x) => (seq(float[N,4]) y) { y = SequenceConstruct(x, x) }",
         "is a seq(tensor(float))",

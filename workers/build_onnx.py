@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from trtpool.ipc.errors import ConfigError, MissingExtra, ModelError
-from trtpool.ipc.settings import Profile
+from trtpool.ipc.settings import Profile, ShapeRange
 
 from .build_float16 import convert, graphs, insert_cast, names
 from .trust import check_file
@@ -257,7 +257,7 @@ def convert_to_float16(model: Any) -> None:
 def make_profiles(
     tensors: Sequence[GraphTensor],
     given: Mapping[str, Profile],
-    item_shapes: Mapping[str, Sequence[int]],
+    item_shapes: Mapping[str, ShapeRange],
     max_batch: int,
 ) -> dict[str, Profile]:
     """The range of shapes of each input that is not fixed.
@@ -265,7 +265,7 @@ def make_profiles(
     Args:
         tensors: the model's inputs.
         given: profiles by input; one whose shapes have one number ranges over the batch alone.
-        item_shapes: shapes without the batch, for inputs that leave theirs open.
+        item_shapes: shapes without the batch, for inputs that leave theirs open; of a range, the largest is the best.
         max_batch: the largest batch where neither `given` nor the model says; the best is half of it.
 
     Raises:
@@ -285,9 +285,7 @@ def make_profiles(
     return profiles
 
 
-def _make_profile(
-    tensor: GraphTensor, given: Profile | None, item_shape: Sequence[int] | None, max_batch: int
-) -> Profile:
+def _make_profile(tensor: GraphTensor, given: Profile | None, item_shape: ShapeRange | None, max_batch: int) -> Profile:
     if given is not None and (len(given.min) > 1 or len(tensor.dims) == 1):
         return given
     batch = tensor.dims[0]
@@ -302,8 +300,8 @@ def _make_profile(
             f"input {tensor} leaves more open than the batch: give its smallest, best and largest shape, for example "
             f"--shapes {tensor.name}={example}"
         )
-    low, best, high = ((items, *fixed) for items in batches)
-    return Profile(low, best, high)
+    least, most = (tuple(size[end] if isinstance(size, tuple) else size for size in fixed) for end in (0, -1))
+    return Profile((batches[0], *least), (batches[1], *most), (batches[2], *most))
 
 
 def _check_profile(tensor: GraphTensor, profile: Profile) -> None:

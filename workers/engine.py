@@ -17,6 +17,8 @@ import numpy.typing as npt
 from trtpool.ipc import messages as m
 from trtpool.ipc.tensors import ModelSpec
 
+Shapes = tuple[tuple[int, ...], ...]
+
 
 class Rows(NamedTuple):
     """Adjacent slots to run: `count` slots from `first`, holding `items` items.
@@ -38,17 +40,21 @@ class Times(NamedTuple):
     """What one batch cost, in nanoseconds; phases an engine does not have are 0.
 
     `gathered_items` counts the items that were copied through scratch memory, because many
-    scattered small rows cost more as calls than as one copy (CPU engine only).
+    scattered small rows cost more as calls than as one copy (CPU engine only).  `shapes` are those of one item of each
+    output that varies, in the order of `ModelSpec.varying`.
     """
 
     copy_in_ns: int
     compute_ns: int
     copy_out_ns: int
     gathered_items: int = 0
+    shapes: Shapes = ()
 
 
 Planes = Mapping[str, npt.NDArray[Any]]
-"""Tensor name to plane, an array of shape ``(slots, items_per_slot, *item_shape)``, C-contiguous."""
+"""Tensor name to plane, an array of shape ``(slots, items_per_slot, *item_shape)``, C-contiguous.
+
+A shared tensor's has 1 in place of `items_per_slot`."""
 
 
 class Engine(Protocol):
@@ -71,8 +77,13 @@ class Engine(Protocol):
             EngineError: the engine refuses a batch of zeros.
         """
 
-    def run(self, batch: Batch) -> Times:
+    def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         """Run the items of `batch` (at most `max_batch`) and return when their outputs are written.
+
+        Args:
+            batch: the rows, whose shared inputs are equal.
+            shapes: of every item, for each input that varies, in the order of `ModelSpec.varying`.  Items that are
+                smaller than the largest lie dense from their row's start, and so are outputs written.
 
         Raises:
             EngineError: the engine failed; the outputs of the batch are undefined.
@@ -92,8 +103,8 @@ class LaneEngine(Engine, Protocol):
     def lanes(self) -> int:
         """How many batches it can have in flight; known after `bind`."""
 
-    def launch(self, lane: int, batch: Batch) -> None:
-        """Enqueue a batch on a lane that is free, and return at once.
+    def launch(self, lane: int, batch: Batch, shapes: Shapes = ()) -> None:
+        """Enqueue a batch on a lane that is free, and return at once; for `shapes` see `run`.
 
         Raises:
             EngineError: the batch was refused or failed; nothing of it runs any more.

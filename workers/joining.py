@@ -152,14 +152,18 @@ class Job:
         self._left -= 1
         run, batches = self.run, len(self.batches)
         if batches > 1:
-            times = self._spent = Times(*map(sum, zip(self._spent, times, strict=True)))
+            spent = self._spent
+            copy_in, compute, copy_out, gathered = map(sum, zip(spent[:4], times[:4], strict=True))
+            times = self._spent = Times(copy_in, compute, copy_out, gathered, times.shapes)
             if self._left:
                 return None
-        copy_in_ns, compute_ns, copy_out_ns, gathered = times
+        copy_in_ns, compute_ns, copy_out_ns, gathered, shapes = times
         if run.works:
             _note(run, f"ended after {(copy_in_ns + compute_ns + copy_out_ns) / 1e6:.3f} ms")
-        ended_ns = time.monotonic_ns()
-        return m.Finished(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches, ended_ns)
+        return m.Finished(
+            *(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches),
+            *(time.monotonic_ns(), shapes),
+        )
 
 
 def cut(rows: Sequence[m.Rows], max_batch: int, items_per_slot: int) -> list[Sequence[m.Rows]]:

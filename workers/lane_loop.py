@@ -184,7 +184,7 @@ class LaneLoop:
         lane = self._free.pop()
         engine = self._engines[job.run.model]
         try:
-            engine.launch(lane, rows)
+            engine.launch(lane, rows, job.run.shapes)
         except EngineError as error:
             # This batch is to blame, as far as can be told.
             self._fail(f"batch {job.run.batch} could not be launched: {error}", job.run)

@@ -54,7 +54,7 @@ class WorkerLoop:
         answer = None
         try:
             for rows in job.batches:
-                answer = job.finish(self._engines[run.model].run(rows))
+                answer = job.finish(self._engines[run.model].run(rows, run.shapes))
         except EngineError as error:
             log.warning("batch %d, attempt %d, failed: %s", run.batch, run.attempt, error, extra=ids(run))
             return m.Failed(run.batch, run.attempt, str(error)[:MAX_TEXT])

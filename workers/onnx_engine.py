@@ -19,6 +19,8 @@ leaves our rows as they were, so `BoundMemory` looks at the address after the fi
 **Gathered.** A call costs more than its bytes when runs are short, so a batch of more than
 `GATHER_ABOVE_RUNS` runs of at most `GATHER_RUN_BYTES` on average goes through scratch memory.  This is
 the one place where trtpool copies an input; `Times.gathered_items` counts it.
+
+Models whose items differ in shape, share inputs, or come in batches of one size are run by `onnx_calls`.
 """
 
 from __future__ import annotations
@@ -32,12 +34,15 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from trtpool.ipc import messages as m
 from trtpool.ipc.errors import DeviceUnavailable
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
-from .engine import Batch, EngineError, Planes, Times
-from .onnx_model import describe, load, one_line
+from .engine import Batch, EngineError, Planes, Shapes, Times
+from .onnx_calls import Calls
+from .onnx_describe import describe, element_type
+from .onnx_model import load, one_line
 from .planes import check_planes, raw_items
 
 GATHER_ABOVE_RUNS: Final = 2
@@ -71,7 +76,7 @@ class OnnxEngine:
 
     Args:
         source: the file, and the model's name.
-        settings: `threads` threads run one call, and `shapes` closes item shapes left open.
+        settings: `threads` threads run one call; for what counts of the rest see `onnx_describe`.
         cpus_per_worker: what ``threads=0`` stands for.
 
     Raises:
@@ -85,9 +90,11 @@ class OnnxEngine:
             raise DeviceUnavailable(f"device {settings.device!r} is not known; choose --device cpu")
         path = Path(os.path.abspath(source.path))
         self._session: Any = load(path, settings.threads or cpus_per_worker)
-        self._spec = describe(self._session, path, source.name, settings.shapes)
+        self._spec = describe(self._session, path, source.name, settings)
         self._item_bytes = self._spec.item_bytes
         self._planes: BoundMemory | None = None
+        self._calls: Calls | None = None
+        self._is_plain = self._spec.is_uniform and self._spec.batched and self._spec.batch_least == 1
         self._scratch: BoundMemory | None = None
         self._items_per_slot = self._max_batch = 0
 
@@ -101,6 +108,9 @@ class OnnxEngine:
         if max_batch < 1 or 0 < limit < max_batch:
             raise ValueError(f"max_batch must be from 1 to {limit or 'any number'}, got {max_batch}")
         self._items_per_slot = check_planes(self._spec, inputs, outputs)
+        if not self._is_plain:
+            self._calls = Calls(self._session, self._spec, inputs, outputs, self._items_per_slot, max_batch)
+            return
         self._planes = BoundMemory(
             self._session,
             self._spec,
@@ -118,16 +128,26 @@ class OnnxEngine:
             )
 
     def warm_up(self, items: int) -> None:
-        """Run a batch of zeros in memory of its own; see `Engine.warm_up`."""
+        """Run a batch of zeros, of the largest shape, in memory of its own; see `Engine.warm_up`."""
         if self._session is None:
             raise EngineError(f"model {self._spec.name!r} was closed")
-        zeros = [
-            [_new_items(items, tensor) for tensor in tensors] for tensors in (self._spec.inputs, self._spec.outputs)
-        ]
-        BoundMemory(self._session, self._spec, *zeros).run(0, items)
+        spec, session = self._spec, self._session
+        if self._is_plain:
+            zeros = [[_new_items(items, tensor) for tensor in tensors] for tensors in (spec.inputs, spec.outputs)]
+            BoundMemory(session, spec, *zeros).run(0, items)
+            return
+        inputs, outputs = (
+            {one.name: np.zeros((1, 1 if one.shared else items, *one.shape), one.numpy_dtype) for one in tensors}
+            for tensors in (spec.inputs, spec.outputs)
+        )
+        varying, _ = spec.varying
+        largest = tuple(one.shape for one in varying)
+        Calls(session, spec, inputs, outputs, items, items).run([m.Rows(0, 0, 1, items)], largest)
 
-    def run(self, batch: Batch) -> Times:
+    def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         """Run `batch`, one call for each of its runs or one for all of them; see `Engine.run`."""
+        if self._calls is not None:
+            return self._calls.run(batch, shapes)
         if self._planes is None:
             raise EngineError(f"model {self._spec.name!r} is not bound to planes, or was closed")
         spans = [(rows.first * self._items_per_slot, rows.items) for rows in batch]
@@ -146,7 +166,7 @@ class OnnxEngine:
         return Times(0, compute_ns, 0)
 
     def close(self) -> None:
-        self._session = self._planes = self._scratch = None
+        self._session = self._planes = self._scratch = self._calls = None
 
 
 class BoundMemory:
@@ -204,7 +224,7 @@ class BoundMemory:
         for bind, tensors in ((binding.bind_input, self._inputs), (binding.bind_output, self._outputs)):
             for tensor, address in tensors:
                 start = address + first * tensor.item_bytes
-                bind(tensor.name, "cpu", 0, tensor.numpy_dtype, (items, *tensor.shape), start)
+                bind(tensor.name, "cpu", 0, element_type(tensor), (items, *tensor.shape), start)
         return binding
 
     def _check_written(self, binding: Any, first: int) -> None:

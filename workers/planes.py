@@ -25,8 +25,14 @@ def check_planes(spec: ModelSpec, inputs: Planes, outputs: Planes) -> int:
             raise ValueError(f"planes for the {role}s {[t.name for t in tensors]} are needed, got {[*planes]}")
         for tensor in tensors:
             plane = planes[tensor.name]
-            leading = leading or plane.shape[:2]
-            if plane.ndim < 2 or min(leading) < 1 or plane.shape != (*leading, *tensor.shape):
+            if leading is None and not tensor.shared:
+                leading = plane.shape[:2]
+    assert leading is not None  # not all inputs are shared, and a ModelSpec has at least one
+    for role, tensors, planes in (("input", spec.inputs, inputs), ("output", spec.outputs, outputs)):
+        for tensor in tensors:
+            plane = planes[tensor.name]
+            wanted = (leading[0], 1) if tensor.shared and plane.ndim > 1 else leading
+            if plane.ndim < 2 or min(wanted) < 1 or plane.shape != (*wanted, *tensor.shape):
                 raise ValueError(
                     f"plane {tensor.name!r} must have shape (slots, items_per_slot, *{tensor.shape}), "
                     f"with slots and items_per_slot like the other planes; got {plane.shape}"
@@ -37,7 +43,6 @@ def check_planes(spec: ModelSpec, inputs: Planes, outputs: Planes) -> int:
                 raise ValueError(f"plane {tensor.name!r} must be C-contiguous and aligned")
             if role == "output" and not plane.flags.writeable:
                 raise ValueError(f"plane {tensor.name!r} is an output and must be writeable")
-    assert leading is not None  # a ModelSpec has at least one input
     return leading[1]
 
 

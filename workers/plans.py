@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.errors import DeviceUnavailable, ModelError
-from trtpool.ipc.settings import EngineSettings, ModelSource
+from trtpool.ipc.settings import EngineSettings, ModelSource, ShapeRange
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 from .cuda import Cuda
@@ -36,6 +36,8 @@ DTYPES: Final = {
     "INT32": "int32",
     "INT64": "int64",
     "BOOL": "bool",
+    "BF16": "bfloat16",
+    "FP8": "float8_e4m3fn",
 }
 """TensorRT's names of the dtypes that a plane can hold; `tensorrt.nptype` raises for some it has."""
 
@@ -59,6 +61,8 @@ class Plan:
     """
 
     def __init__(self, source: ModelSource, settings: EngineSettings, cuda: Cuda) -> None:
+        if source.name in settings.no_batch:
+            raise ModelError(f"--no-batch {source.name}: a plan must have a batch axis; leave it out, or use the CPU")
         self._cuda = cuda
         self._path = Path(os.path.abspath(source.path))
         self._flavour, self._engine = _load(self._path, settings, cuda)
@@ -74,7 +78,8 @@ class Plan:
                 f"--shape {min(unknown)}: {self._path} has no such input; it has {', '.join(self._inputs)}"
             )
         inputs = tuple(self._tensor(name, self._item_shapes[name]) for name in self._inputs)
-        self.spec = ModelSpec(source.name, str(self._path), inputs, self._output_tensors(limit), limit)
+        outputs = self._output_tensors(limit)
+        self.spec = ModelSpec(source.name, str(self._path), inputs, outputs, limit, max(1, self.min_batch))
 
     def close(self) -> None:
         """Let go of the plan; its contexts keep it until they end."""
@@ -144,9 +149,9 @@ class Plan:
         low, best, high = (tuple(dims) for dims in self._engine.get_tensor_profile_shape(name, 0))
         return low, best, high
 
-    def _item_shape(self, name: str, given: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    def _item_shape(self, name: str, given: Mapping[str, ShapeRange]) -> tuple[int, ...]:
         dims = self._dims(name)[1:]
-        asked = given.get(name)
+        asked = _one_shape(name, given.get(name))
         if all(dim >= 0 for dim in dims):
             low = high = best = dims
         else:
@@ -203,6 +208,16 @@ class Plan:
         if 0 in shape:
             raise ModelError(f"{shown} is empty: its shape is {_show(('N', *shape))}; remove it")
         return TensorSpec(name, dtype, shape)
+
+
+def _one_shape(name: str, given: ShapeRange | None) -> tuple[int, ...] | None:
+    """A shape that the user gives, which must not be a range."""
+    if given is None:
+        return None
+    shape = tuple(size for size in given if isinstance(size, int))
+    if len(shape) < len(given):
+        raise ModelError(f"--shape {name}: on a GPU all items have one shape; give that, without a range")
+    return shape
 
 
 class Context:

@@ -11,7 +11,7 @@ from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 from .cuda import ERROR_MEMORY_ALLOCATION, Cuda, CudaError
-from .engine import Batch, EngineError, Planes, Times
+from .engine import Batch, EngineError, Planes, Shapes, Times
 from .lanes import HostTensor, Lane
 from .planes import check_planes
 from .plans import Plan
@@ -110,8 +110,10 @@ class TensorrtEngine:
         for lane in self._lanes:
             lane.warm_up(items)
 
-    def launch(self, lane: int, batch: Batch) -> None:
+    def launch(self, lane: int, batch: Batch, shapes: Shapes = ()) -> None:
         """Enqueue a batch; see `LaneEngine.launch`."""
+        if shapes:
+            raise EngineError(f"model {self._plan.spec.name!r} takes items of one shape")
         if not self._lanes:
             raise EngineError(f"model {self._plan.spec.name!r} is not bound to planes, or was closed")
         items, per_slot, slots = 0, self._items_per_slot, self._slots
@@ -153,9 +155,9 @@ class TensorrtEngine:
         assert times is not None  # nobody else launches on this lane meanwhile
         return times
 
-    def run(self, batch: Batch) -> Times:
+    def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         """Run a batch on lane 0, and wait for it."""
-        self.launch(0, batch)
+        self.launch(0, batch, shapes)
         return self.wait(0)
 
     def close(self) -> None:

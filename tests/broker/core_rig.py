@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 
 from trtpool.broker import events as e
+from trtpool.broker.batching import UNIFORM
 from trtpool.broker.core import Core
 from trtpool.broker.invariants import validate
 from trtpool.broker.reporting import report
@@ -21,13 +22,27 @@ M = TypeVar("M", bound=m.FromBroker)
 MS = 1_000_000
 
 
-def layouts(*sizes: tuple[int, int, int]) -> tuple[ModelLayout, ...]:
-    """One model for each ``(slots, items_per_slot, max_batch)``."""
+def layouts(*sizes: tuple[int, int, int], varies: bool = False) -> tuple[ModelLayout, ...]:
+    """One model for each ``(slots, items_per_slot, max_batch)``; that `varies` has items of several shapes."""
+    inputs: tuple[TensorSpec, ...] = (TensorSpec("x", "float32", (2,)),)
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("y", "float32", ()),)
+    if varies:
+        inputs = (TensorSpec("x", "float32", (2, 9), (2, 1)), TensorSpec("k", "float32", (), shared=True))
+        outputs = (TensorSpec("y", "float32", (9,), (0,)), TensorSpec("z", "float32", ()))
     plans = []
     for index, (slots, items_per_slot, max_batch) in enumerate(sizes):
-        x, y = TensorSpec("x", "float32", (2,)), TensorSpec("y", "float32", ())
-        plans.append(ModelPlan(ModelSpec(f"m{index}", "/m.onnx", (x,), (y,)), slots, items_per_slot, max_batch))
+        plans.append(ModelPlan(ModelSpec(f"m{index}", "/m.onnx", inputs, outputs), slots, items_per_slot, max_batch))
     return plan(plans).models
+
+
+def variant(size: int, shared: int = 0) -> tuple[m.Shapes, bytes]:
+    """Shapes and digest of a submission to a model that varies."""
+    return ((2, size),), bytes([shared]) * m.SHARED_BYTES
+
+
+def written(run: m.Run) -> m.Shapes:
+    """The shapes of the outputs that a worker tells of a batch."""
+    return tuple(shape[1:] for shape in run.shapes)
 
 
 def sent(actions: Iterable[e.Action], kind: type[M], peer: int | None = None) -> list[M]:
@@ -70,9 +85,10 @@ class Rig:
         evict: bool = False,
         owner_pid: int = 0,
         slow_ms: float = 0.0,
+        varies: bool = False,
     ) -> None:
         self.core = Core(
-            layouts(*sizes or [(16, 1, 4)]),
+            layouts(*sizes or [(16, 1, 4)], varies=varies),
             max_delay_us=max_delay_us,
             max_slots_per_producer=cap,
             batch_timeout_s=batch_timeout_s,
@@ -133,16 +149,17 @@ class Rig:
         deadline_ns: int | None = None,
         gpu: int | None = None,
         priority: int = BULK,
+        variant: tuple[m.Shapes, bytes] = UNIFORM,
     ) -> int:
         """Lease full slots and submit them, without ending the turn; returns the lease's id."""
         lease_id = self.lease(peer, count, model, priority)
         items = count * self.core.models[model].items_per_slot
-        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns, 0, gpu, priority)) == []
+        assert self.say(peer, m.Submit(lease_id, 0, count, 0, items, deadline_ns, 0, gpu, priority, *variant)) == []
         return lease_id
 
     def finish(self, worker: int, run: m.Run, compute_ns: int = 2_000_000) -> list[e.Action]:
         """A batch ends; by default it took so long that the next is sent ahead even if it is not full."""
-        return self.say(worker, m.Finished(run.batch, run.attempt, 1, compute_ns, 3, 0))
+        return self.say(worker, m.Finished(run.batch, run.attempt, 1, compute_ns, 3, 0, 1, shapes=written(run)))
 
     def figures(self, model: int = 0) -> ModelReport:
         return report(self.core).models[model]

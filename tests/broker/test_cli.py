@@ -233,6 +233,7 @@ def test_a_device_that_does_not_exist(run, started, model, capsys):
         ("x=", "x", ()),  # a number per item
         ("det:x=2x2", "det:x", (2, 2)),
         ("a=b=4", "a=b", (4,)),  # a name may have what it likes
+        ("x=3x32..640x7..7", "x", (3, (32, 640), (7, 7))),
     ],
 )
 def test_shapes(word, name, shape, run, started, model, tmp_path):
@@ -240,11 +241,21 @@ def test_shapes(word, name, shape, run, started, model, tmp_path):
     assert started[0].engine.shapes == {name: shape}
 
 
-@pytest.mark.parametrize("word", ["x", "3x4", "x=3x", "x=ax4", "x=0", "x=-1x2", "x=3,4", "x=1.5", "=3"])
+NO_SHAPES = ["x", "3x4", "x=3x", "x=ax4", "x=0", "x=-1x2", "x=3,4", "x=1.5", "=3"]
+NO_RANGES = ["x=3..", "x=..3", "x=4..3", "x=0..3", "x=1..2..3", "x=3...4"]
+
+
+@pytest.mark.parametrize("word", NO_SHAPES + NO_RANGES)
 def test_what_is_no_shape(word, run, started, model, capsys):
     assert run("start", model, "--shape", word) == 2
     assert "is not NAME=3x640x640" in only_line(capsys)
     assert started == []
+
+
+def test_models_without_a_batch_and_with_one_size(run, started, model, tmp_path):
+    words = ["--no-batch=a", "--no-batch=b", "--partial-batches=refuse", "--run-dir", tmp_path / "run"]
+    assert run("start", f"a={model}", f"b={model}", *words) == 0
+    assert (started[0].engine.no_batch, started[0].engine.partial) == (("a", "b"), "refuse")
 
 
 @pytest.mark.parametrize(

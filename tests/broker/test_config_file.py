@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pwd
 import textwrap
 from collections.abc import Callable
@@ -75,7 +76,9 @@ def test_models_with_settings_of_their_own(start, tmp_path):
     assert settings.engine.shapes == {"det:x": (3, 640, 640)}
 
 
-def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path):
+def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypatch):
+    for name in ("TRTPOOL_LOG", "TRTPOOL_LOG_FORMAT"):
+        monkeypatch.setenv(name, "")
     settings = start(
         """\
         name = "ocr"
@@ -100,6 +103,12 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path):
         fp16 = true
         workspace = "4GiB"
         io = "fp16"
+        no-batch = ["det"]
+        partial-batches = "refuse"
+        slow-ms = 2.5
+        metrics = "127.0.0.1:9400"
+        log-level = "info"
+        log-format = "json"
         [models.det]
         path = "det.onnx"
         io = { x = "uint8" }
@@ -108,7 +117,11 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path):
     )
     assert (settings.name, settings.run_dir) == ("ocr", str(tmp_path / "run"))
     assert (settings.gpus, settings.workers_per_gpu) == (("0", "GPU-8f3a-1"), 2)
-    assert settings.engine == EngineSettings("gpu", lanes=4, flavour="rtx", graphs=False, host_code=True)
+    assert settings.engine == EngineSettings(
+        "gpu", lanes=4, flavour="rtx", graphs=False, host_code=True, no_batch=("det",), partial="refuse"
+    )
+    assert (settings.slow_ms, settings.metrics) == (2.5, "127.0.0.1:9400")
+    assert (os.environ["TRTPOOL_LOG"], os.environ["TRTPOOL_LOG_FORMAT"]) == ("info", "json")
     assert (settings.huge_pages, settings.evict, settings.busy_poll) == (True, True, True)
     assert settings.allow_users == (4321, pwd.getpwnam("daemon").pw_uid)
     assert (settings.drain_timeout_s, settings.batch_timeout_s) == (1.5, 2.0)
@@ -121,7 +134,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path):
     # The rest are for the CPU; were there an option that this test forgot, it would not be said here.
     said = set(config_file.options_of(cli.start)) - {"workers", "threads"}
     inside = {"shape", "slots", "max-batch", "max-delay-us", "weight"}  # in the test before
-    assert len(said - inside) == 23
+    assert len(said - inside) == 29
 
 
 def test_a_file_for_the_cpu(start):

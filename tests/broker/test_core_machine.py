@@ -20,8 +20,9 @@ from hypothesis.stateful import (
     rule,
 )
 
-from tests.broker.core_rig import MS, Rig, everything
+from tests.broker.core_rig import MS, Rig, everything, variant, written
 from trtpool.broker import events as e
+from trtpool.broker.batching import UNIFORM
 from trtpool.broker.dispatch import BRIEF_NS, MAX_TOGETHER
 from trtpool.ipc import messages as m
 
@@ -44,6 +45,7 @@ class Lease:
     seqs: dict[int, int] = field(default_factory=dict)  # of each slot that was submitted
     items: dict[int, int] = field(default_factory=dict)
     pins: dict[int, int | None] = field(default_factory=dict)
+    variants: dict[int, tuple[m.Shapes, bytes]] = field(default_factory=dict)
 
     def holds(self, at: int) -> bool:
         return self.slots[at] != GONE
@@ -69,6 +71,10 @@ def has_open_client(machine):
 
 
 class CoreMachine(RuleBasedStateMachine):
+    varies = False
+    variants: tuple[tuple[m.Shapes, bytes], ...] = (UNIFORM,)
+    wrong_variants: tuple[tuple[m.Shapes, bytes], ...] = ((((2, 3),), b""), ((), b"1"))
+
     @initialize(delay_us=st.sampled_from([0, 0, 2000]), cap=st.sampled_from([0, 0, 4]), gpus=st.sampled_from([0, 2, 3]))
     def start(self, delay_us, cap, gpus):
         self.rig = self.make_rig(delay_us, cap, gpus)
@@ -94,6 +100,7 @@ class CoreMachine(RuleBasedStateMachine):
             gpus=gpus,
             recall_timeout_s=RECALL_NS / 1e9,
             evict=True,
+            varies=self.varies,
         )
         rig.core.leasing.max_waiting = 3
         return rig
@@ -188,20 +195,24 @@ class CoreMachine(RuleBasedStateMachine):
         assert sum(rows.items for rows in run.rows) <= together * model.max_batch
         busy = self.on_a_device()
         queued = {
-            (lease.model, lease.first + at): (lease.items[at], lease.pins[at])
+            (lease.model, lease.first + at): (lease.items[at], lease.pins[at], lease.variants[at])
             for client in self.living.values()
             for lease in client.leases.values()
             for at, state in enumerate(lease.slots)
             if state == SUBMITTED and not client.closed
         }
+        seen = set()
         for rows in run.rows:
             for index in range(rows.count):
                 slot = (run.model, rows.first + index)
                 assert slot not in busy, "two devices write to one slot"
-                items, pin = queued[slot]
+                items, pin, variant = queued[slot]
                 assert items == min(model.items_per_slot, rows.items - index * model.items_per_slot)
                 assert pin in (None, device.gpu), "it runs on another GPU"
                 busy.add(slot)
+                seen.add(variant)
+        ((shapes, _),) = seen
+        assert run.shapes == shapes
         device.runs[run.batch] = run
 
     def on_error(self, peer, error):
@@ -355,7 +366,8 @@ class CoreMachine(RuleBasedStateMachine):
                 lease = client.leases[lease_id]
                 items = len(lease.slots) * self.models[lease.model].items_per_slot - (cut and lease.model)
                 gpu = pin if pin is not None and pin < self.gpus else None
-                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again, gpu, priority)
+                variant = self.variants[(peer + lease_id) % len(self.variants)]
+                message = m.Submit(lease_id, 0, len(lease.slots), 0, items, deadline, again, gpu, priority, *variant)
                 self.submit(peer, lease_id, message, legal=True)
         self.turn_ends(after_ns)
 
@@ -388,8 +400,10 @@ class CoreMachine(RuleBasedStateMachine):
         items = data.draw(st.sampled_from([*[min(full, HUGE)] * 5, min(full, HUGE) - 1 or 1, 1, HUGE]), "items")
         wanted = data.draw(st.sampled_from([0, 0, 1, 3, HUGE]), "again")
         gpu = data.draw(st.sampled_from([None, None, *range(self.gpus), *range(self.gpus), self.gpus, HUGE]), "gpu")
+        variant = data.draw(st.sampled_from([*self.variants * 3, *self.wrong_variants]), "variant")
         legal = (
             lease is not None
+            and variant in self.variants
             and any(lease.holds(at) for at in range(len(lease.slots)))
             and first + count <= len(lease.slots)
             and all(state == LEASED for state in lease.slots[first : first + count])
@@ -398,7 +412,7 @@ class CoreMachine(RuleBasedStateMachine):
             and wanted <= model.cap
             and (gpu is None or gpu < self.gpus)
         )
-        message = m.Submit(lease_id, first, count, seq, items, deadline, wanted, gpu, priority)
+        message = m.Submit(lease_id, first, count, seq, items, deadline, wanted, gpu, priority, *variant)
         self.submit(peer, lease_id, message, legal)
 
     def submit(self, peer, lease_id, message, legal):
@@ -413,6 +427,7 @@ class CoreMachine(RuleBasedStateMachine):
                 lease.slots[at], lease.seqs[at] = SUBMITTED, message.seq
                 lease.items[at] = min(items_per_slot, message.items - index * items_per_slot)
                 lease.pins[at] = message.gpu
+                lease.variants[at] = (message.shapes, message.shared)
 
     @precondition(lambda self: self.living)
     @rule(data=st.data())
@@ -452,7 +467,12 @@ class CoreMachine(RuleBasedStateMachine):
         attempt = data.draw(st.sampled_from([run.attempt] * 5 + [run.attempt + 1] if run else [0, HUGE]), "attempt")
         legal = run is not None and attempt == run.attempt
         times = data.draw(st.sampled_from([0, 5, 2**63 - 1]), "times")
-        message = m.Failed(batch, attempt, "no") if fails else m.Finished(batch, attempt, times, times, times, times)
+        shapes = written(run) if run else ()
+        if not fails and data.draw(st.integers(0, 9), "lies") == 0:
+            shapes, legal = (*shapes, (10,)), False
+        message: m.ToBroker = m.Failed(batch, attempt, "no")
+        if not fails:
+            message = m.Finished(batch, attempt, times, times, times, times, 1, shapes=shapes)
         actions = self.expect(peer, message, legal)
         if legal:
             if fails:
@@ -591,6 +611,17 @@ class CoreMachine(RuleBasedStateMachine):
             self.rig.worker(peer, 1, gpu)
             self.working[peer] = Device(1, gpu)
 
+
+class VaryingMachine(CoreMachine):
+    """The same with items of several shapes, and a shared input."""
+
+    varies = True
+    variants = (variant(1), variant(9), variant(9, shared=1))
+    wrong_variants = (UNIFORM, variant(0), variant(10), (((2, 3), (2, 3)), bytes(16)), (((2, 3),), bytes(15)))
+
+
+TestVarying = VaryingMachine.TestCase
+TestVarying.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
 
 TestCore = CoreMachine.TestCase
 TestCore.settings = settings(max_examples=250, stateful_step_count=100, deadline=None)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import trtpool
@@ -17,13 +18,11 @@ from tests.models import FIXED_BATCH_ONE, MODELS, save
 from tests.workers import fake_bindings as fake
 from trtpool.broker.planning import child_environment, error_of, inspect, is_plan, lay_out, probe, requests
 from trtpool.ipc import errors
-from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal
+from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal, ShapeRange
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 
-def settings(
-    *names: str, shapes: dict[str, tuple[int, ...]] | None = None, lanes: int = 3, **options: Any
-) -> PoolSettings:
+def settings(*names: str, shapes: dict[str, ShapeRange] | None = None, lanes: int = 3, **options: Any) -> PoolSettings:
     sources = tuple(ModelSource(f"/models/{name}.onnx", name) for name in names or ("det",))
     engine = EngineSettings(device="gpu" if "gpus" in options else "cpu", shapes=shapes or {}, lanes=lanes)
     return PoolSettings(models=sources, run_dir="/run/p", engine=engine, **options)
@@ -46,6 +45,29 @@ def test_shapes_go_to_the_model_that_they_name():
 def test_with_one_model_its_name_need_not_be_said():
     (only,) = requests(settings("det", shapes={"x": (3,), "det:z": (4,)}))
     assert only.engine.shapes == {"x": (3,), "z": (4,)}
+
+
+def test_no_batch_must_name_a_model():
+    chosen = settings("det", "cls")
+    chosen = msgspec.structs.replace(chosen, engine=msgspec.structs.replace(chosen.engine, no_batch=("cls", "rec")))
+    with pytest.raises(errors.ConfigError, match="--no-batch rec: no model is called that; there are det, cls"):
+        requests(chosen)
+
+
+def test_slots_of_a_model_that_takes_whole_batches_only_are_batches():
+    whole = msgspec.structs.replace(spec(limit=6), batch_least=6, whole_slots=True)
+    (model,) = lay_out(settings(), [whole]).models
+    assert (model.items_per_slot, model.max_batch) == (6, 6)
+    assert lay_out(settings(items_per_slot=6), [whole]).models == (model,)
+    with pytest.raises(errors.ConfigError, match="so --items-per-slot 3 is not possible"):
+        lay_out(settings(items_per_slot=3), [whole])
+    with pytest.raises(errors.ConfigError, match="--max-batch 4 is smaller than the batches of 6"):
+        lay_out(settings(max_batch=4), [whole])
+
+
+def test_a_model_with_one_batch_size_has_batches_of_it():
+    (model,) = lay_out(settings(), [msgspec.structs.replace(spec(limit=20), batch_least=20)]).models
+    assert (model.items_per_slot, model.max_batch) == (1, 20)
 
 
 def test_engine_settings_reach_each_model():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.broker.core_rig import MS, Rig, sent
@@ -17,7 +19,7 @@ S = 1000 * MS
 TIMEOUT_S = 10
 
 
-def make(producers: int = 4, *, evict: bool = True, cap: int = 6, **options: int) -> Rig:
+def make(producers: int = 4, *, evict: bool = True, cap: int = 6, **options: Any) -> Rig:
     """8 slots in batches of 2; the process of producer `n` is 100 + n."""
     rig = Rig((8, 1, 2), evict=evict, cap=cap, recall_timeout_s=TIMEOUT_S, **options)
     rig.join(*range(1, producers + 1))

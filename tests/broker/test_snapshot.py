@@ -8,12 +8,13 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import initialize, rule
 
-from tests.broker.core_rig import MS, Rig, everything, layouts
-from tests.broker.test_core_machine import RECALL_NS, CoreMachine
+from tests.broker.core_rig import MS, Rig, everything, layouts, variant
+from tests.broker.test_core_machine import RECALL_NS, CoreMachine, VaryingMachine
 from trtpool.broker import events as e
+from trtpool.broker.batching import UNIFORM
 from trtpool.broker.core import Core
 from trtpool.broker.invariants import validate
-from trtpool.broker.journal import REQUEST_BYTES, SLOT_BYTES
+from trtpool.broker.journal import REQUEST_BYTES, slot_bytes
 from trtpool.broker.reporting import report
 from trtpool.broker.snapshot import restore, save
 from trtpool.ipc import messages as m
@@ -24,9 +25,9 @@ TIMEOUT_S = 0.02  # so short that batches hang in these tests
 MAX_WAITING = 3
 
 
-def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0) -> Core:
+def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0, *, varies: bool = False) -> Core:
     core = Core(
-        layouts(*SIZES),
+        layouts(*SIZES, varies=varies),
         max_delay_us=delay_us,
         max_slots_per_producer=cap,
         batch_timeout_s=TIMEOUT_S,
@@ -42,7 +43,7 @@ def fresh(delay_us: int = 0, cap: int = 0, gpus: int = 0) -> Core:
 class TwinRig(Rig):
     """A rig whose every event also goes to a second core, which is replaced by its own copy at times."""
 
-    def __init__(self, delay_us: int, cap: int, gpus: int) -> None:
+    def __init__(self, delay_us: int, cap: int, gpus: int, *, varies: bool = False) -> None:
         super().__init__(
             *SIZES,
             max_delay_us=delay_us,
@@ -51,10 +52,12 @@ class TwinRig(Rig):
             batch_timeout_s=TIMEOUT_S,
             recall_timeout_s=RECALL_NS / 1e9,
             evict=True,
+            varies=varies,
         )
         self.core.leasing.max_waiting = MAX_WAITING
         self.settings = (delay_us, cap, gpus)
-        self.twin = fresh(*self.settings)
+        self.varies = varies
+        self.twin = fresh(*self.settings, varies=varies)
 
     def do(self, event: e.Event) -> list[e.Action]:
         actions = super().do(event)
@@ -63,7 +66,7 @@ class TwinRig(Rig):
 
     def die(self) -> None:
         saved = save(self.twin)
-        self.twin = fresh(*self.settings)
+        self.twin = fresh(*self.settings, varies=self.varies)
         restore(self.twin, saved)
         validate(self.twin)
         assert save(self.twin) == saved
@@ -75,11 +78,21 @@ class TwinMachine(CoreMachine):
         super().start(delay_us, cap, gpus)
 
     def make_rig(self, delay_us, cap, gpus):
-        return TwinRig(delay_us, cap, gpus)
+        return TwinRig(delay_us, cap, gpus, varies=self.varies)
 
     @rule()
     def the_twin_dies(self):
         self.rig.die()
+
+
+class VaryingTwinMachine(TwinMachine):
+    varies = VaryingMachine.varies
+    variants = VaryingMachine.variants
+    wrong_variants = VaryingMachine.wrong_variants
+
+
+TestVaryingTwins = VaryingTwinMachine.TestCase
+TestVaryingTwins.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
 
 
 TestTwins = TwinMachine.TestCase
@@ -156,10 +169,12 @@ def test_ids_are_not_used_again() -> None:
     assert after > before
 
 
-def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
+@pytest.mark.parametrize("varies", [False, True])
+def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with(varies: bool) -> None:
     """Each slot a lease and a work of its own, the others running, all numbers as large as they get."""
     slots, large = 512, 2**62
-    core = Core(layouts((slots, 1, 1)), gpus=64, batch_timeout_s=60, started_ns=large)
+    core = Core(layouts((slots, 1, 1), varies=varies), gpus=64, batch_timeout_s=60, started_ns=large)
+    shape = variant(9, 255) if varies else UNIFORM
     core.leasing.next_lease = core.dispatch.next_batch = core.timers.started = large
     now, peers, workers = large, range(2**40, 2**40 + 4), range(2**41, 2**41 + 2)
     sent = 0
@@ -174,7 +189,7 @@ def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
     core.handle(e.TurnEnded(), now)
     for peer in peers:
         for lease in list(core.producers[peer].leases):
-            core.handle(e.Received(peer, m.Submit(lease, 0, 1, 2**63 - 1, 1, large, 1, None)), now)
+            core.handle(e.Received(peer, m.Submit(lease, 0, 1, 2**63 - 1, 1, large, 1, None, 0, *shape)), now)
         for request in range(core.leasing.max_waiting):
             core.handle(e.Received(peer, m.Lease(large + slots + request, 0, 1, large)), now)
     for action in core.handle(e.TurnEnded(), now):
@@ -185,7 +200,7 @@ def test_no_state_of_slots_and_requests_is_larger_than_reckoned_with() -> None:
     assert all(producer.waiting == core.leasing.max_waiting for producer in core.producers.values())
     requests, others = len(peers) * core.leasing.max_waiting, 8192 * (len(peers) + len(workers))
     assert sent > 0
-    assert len(save(core)) + sent <= SLOT_BYTES * slots + REQUEST_BYTES * requests + others
+    assert len(save(core)) + sent <= slot_bytes(core.models[0].layout.spec) * slots + REQUEST_BYTES * requests + others
 
 
 def test_bytes_that_are_no_snapshot_are_refused() -> None:

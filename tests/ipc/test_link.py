@@ -66,6 +66,15 @@ def test_very_many_messages_are_several_frames(link, monkeypatch):
     assert len(frames) == 3
 
 
+def test_messages_with_many_shapes_are_several_frames(link, monkeypatch):
+    frames: list[bytes] = []
+    monkeypatch.setattr(link, "_send_frame", frames.append)
+    longest = m.Submit(1, 0, 1, 0, 1, shapes=16 * (16 * (2**40,),))
+    link.send(MAX_SENT * [longest])
+    assert max(map(len, frames)) <= MAX_FRAME_BYTES
+    assert [one for frame in frames for one in m.decode_to_broker(frame)] == MAX_SENT * [longest]
+
+
 def test_the_most_that_is_sent_in_a_frame_is_taken():
     huge = 2**63 - 1
     longest = m.Submit(huge, 2**31 - 1, 2**31 - 1, huge, 2**31 - 1, huge, 2**31 - 1, 2**31 - 1, 1)

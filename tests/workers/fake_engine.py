@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import Batch, EngineError, Planes, Times
+from trtpool.workers.engine import Batch, EngineError, Planes, Shapes, Times
 from trtpool.workers.planes import check_planes
 
 Answer = Callable[[Mapping[str, npt.NDArray[Any]]], dict[str, npt.NDArray[Any]]]
@@ -36,7 +36,7 @@ class NumpyEngine:
             raise EngineError("not bound, or closed")
         self.warm.append(items)
 
-    def run(self, batch: Batch) -> Times:
+    def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         if self._bound is None:
             raise EngineError("not bound, or closed")
         if sum(rows.items for rows in batch) > self._max_batch:

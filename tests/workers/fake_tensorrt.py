@@ -56,7 +56,9 @@ _DTYPES: Final = {
     "INT32": "int32",
     "INT64": "int64",
     "BOOL": "bool",
-    "BF16": "uint16",
+    "BF16": "bfloat16",
+    "FP8": "float8_e4m3fn",
+    "INT4": "int8",
 }
 
 

@@ -283,6 +283,7 @@ def same(*shape: int) -> Profile:
         (IMAGE, Profile((2,), (3,), (4,)), None, Profile((2, 3, 224, 224), (3, 3, 224, 224), (4, 3, 224, 224))),
         (IMAGE, same(5, 3, 224, 224), None, same(5, 3, 224, 224)),
         (OPEN, None, (3, 4, 5), Profile((1, 3, 4, 5), (16, 3, 4, 5), (32, 3, 4, 5))),
+        (OPEN, None, (3, (2, 4), (1, 5)), Profile((1, 3, 2, 1), (16, 3, 4, 5), (32, 3, 4, 5))),
         (OPEN, same(2), (3, 4, 5), same(2, 3, 4, 5)),
         (OPEN, RANGE, (3, 4, 5), RANGE),
         (IDS, None, None, Profile((1,), (16,), (32,))),

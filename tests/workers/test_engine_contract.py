@@ -40,7 +40,7 @@ class Case(NamedTuple):
 def onnx_case(name: str, good: Good) -> Case:
     def make(folder: Path) -> Engine:
         path = save(good.model, folder, name)
-        return OnnxEngine(ModelSource(str(path), name), EngineSettings(shapes=dict(good.shapes)))
+        return OnnxEngine(ModelSource(str(path), name), EngineSettings(shapes=dict(good.shapes), **good.settings))
 
     return Case(make, good.answer)
 
@@ -168,7 +168,7 @@ class Bench:
         times = self.engine.run(batch)
 
         assert times.compute_ns > 0
-        assert min(times) >= 0
+        assert min(times[:4]) >= 0
         items = {name: plane.reshape(-1, *plane.shape[2:]) for name, plane in given.items()}
         answers = self.answer(items)
         ran = np.zeros(len(next(iter(items.values()))), bool)

@@ -22,7 +22,7 @@ from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import Batch, EngineError, Planes, Times
+from trtpool.workers.engine import Batch, EngineError, Planes, Shapes, Times
 from trtpool.workers.joining import MAX_TEXT, Joined
 from trtpool.workers.lane_loop import SHORT_NS, LaneLoop
 
@@ -64,10 +64,10 @@ class HeldEngine:
     def bind(self, inputs: Planes, outputs: Planes, max_batch: int) -> None:
         self._inputs, self._outputs = inputs, outputs
 
-    def run(self, batch: Batch) -> Times:
+    def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         raise NotImplementedError
 
-    def launch(self, lane: int, batch: Batch) -> None:
+    def launch(self, lane: int, batch: Batch, shapes: Shapes = ()) -> None:
         with self._changed:
             assert lane not in self._running, "the lane is in use"
             assert 0 <= lane < self.lanes

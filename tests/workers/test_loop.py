@@ -106,10 +106,10 @@ def test_several_batches_in_one_run_are_told_of_together(rig):
 def test_a_batch_that_fails_is_told_and_the_worker_goes_on(rig, monkeypatch):
     run_well = rig.engine.run
 
-    def refuse(batch):
+    def refuse(batch, shapes=()):
         if any(rows.first == 3 for rows in batch):
             raise EngineError("no " * MAX_TEXT)
-        return run_well(batch)
+        return run_well(batch, shapes)
 
     monkeypatch.setattr(rig.engine, "run", refuse)
     rig.send(run(1, *range(5)), run(2, 2))

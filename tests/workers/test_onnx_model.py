@@ -10,11 +10,11 @@ import pytest
 
 from tests.models import ADD, BAD_MODELS, MODELS, OPEN_ITEM, parse, save, save_without_its_weights
 from trtpool.ipc.errors import ModelError
-from trtpool.ipc.settings import EngineSettings, ModelSource
+from trtpool.ipc.settings import EngineSettings, ModelSource, ShapeRange
 from trtpool.workers.onnx_engine import OnnxEngine
 
 
-def refusal(path: Path, **shapes: tuple[int, ...]) -> str:
+def refusal(path: Path, **shapes: ShapeRange) -> str:
     """The text with which the model is refused."""
     with pytest.raises(ModelError) as caught:
         OnnxEngine(ModelSource(str(path), "m"), EngineSettings(shapes=shapes))
@@ -109,7 +109,7 @@ def test_a_shape_that_says_what_the_model_says_is_fine(tmp_path):
 def test_batch_limit(tmp_path, name):
     good = MODELS[name]
     path = save(good.model, tmp_path)
-    spec = OnnxEngine(ModelSource(str(path), "m"), EngineSettings(shapes=dict(good.shapes))).spec
+    spec = OnnxEngine(ModelSource(str(path), name), EngineSettings(shapes=dict(good.shapes), **good.settings)).spec
     assert spec.batch_limit == good.batch_limit
 
 

@@ -167,8 +167,8 @@ def test_an_item_shape_that_only_seems_open_need_not_be_given(path, runtime):
         ([batched("x", (4,))], [Tensor("y", ("2N", 4))], "has shape 2x4 in a batch of 1: its first axis must be the"),
         ([batched("x", (4,))], [Tensor("y", ("N", "?"))], "has shape 1x-1 in a batch of 1: its first axis must be the"),
         ([batched("x", (4,))], [Tensor("y", ("N", "N"))], "has shape 64x64 in a batch of 64"),
-        ([batched("x", (4,), "BF16")], [Y], "tensor 'x' of {path} has dtype BF16, which planes cannot hold; build it"),
-        ([batched("x", (4,))], [Tensor("y", ("N", 4), dtype="BF16")], "tensor 'y' of {path} has dtype BF16"),
+        ([batched("x", (4,), "INT4")], [Y], "tensor 'x' of {path} has dtype INT4, which planes cannot hold; build it"),
+        ([batched("x", (4,))], [Tensor("y", ("N", 4), dtype="INT4")], "tensor 'y' of {path} has dtype INT4"),
         (
             [batched("x", (4,)), batched("s", (2,), "INT32")._replace(location="HOST")],
             [Y],
