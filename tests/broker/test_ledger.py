@@ -162,17 +162,18 @@ class DyingMachine(RuleBasedStateMachine):
     def come_to_rest(self):
         """All that is on its way arrives, and what it makes others say."""
         self.turn(None)
-        for peer in self.producers:
-            if peer in self.over_zmq:
-                client = self.over_zmq[peer]
-                if client.away:
-                    self.reconnect(peer)
+        clients = {peer: self.over_zmq[peer] for peer in self.producers if peer in self.over_zmq}
+        for peer, client in clients.items():
+            if client.away:
+                self.reconnect(peer)
+            self.turn(None)
+        while any(client.up or client.down for client in clients.values()):
+            for peer in clients:
+                self.deliver(peer)
                 self.turn(None)
-                while client.up or client.down:
-                    self.deliver(peer)
-                    self.turn(None)
-                for post in (client.post, self.ledger.mail[peer].post):
-                    assert len(post.unheard) <= HEARD_ALONE, "what is kept is bounded"
+        for peer, client in clients.items():
+            for post in (client.post, self.ledger.mail[peer].post):
+                assert len(post.unheard) <= HEARD_ALONE, "what is kept is bounded"
 
     def send(self, peer, frames=None):
         """Send what waits for a peer, or only so many frames."""
