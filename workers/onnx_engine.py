@@ -34,12 +34,11 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from trtpool.ipc import messages as m
 from trtpool.ipc.errors import DeviceUnavailable
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
-from .engine import Batch, EngineError, Planes, Shapes, Times
+from .engine import Batch, EngineError, Planes, Rows, Shapes, Times
 from .onnx_calls import Calls
 from .onnx_describe import describe, element_type
 from .onnx_model import load, one_line
@@ -142,7 +141,7 @@ class OnnxEngine:
         )
         varying, _ = spec.varying
         largest = tuple(one.shape for one in varying)
-        Calls(session, spec, inputs, outputs, items, items).run([m.Rows(0, 0, 1, items)], largest)
+        Calls(session, spec, inputs, outputs, items, items).run([Rows(0, 1, items)], largest)
 
     def run(self, batch: Batch, shapes: Shapes = ()) -> Times:
         """Run `batch`, one call for each of its runs or one for all of them; see `Engine.run`."""

@@ -18,6 +18,7 @@ from tests.models import BFLOAT16, COUNTED, FIXED_BATCH, SHARED, VARYING, save
 from trtpool.ipc.errors import MissingExtra, ModelError
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.workers.engine import EngineError, Rows, Times
+from trtpool.workers.onnx_calls import Calls
 from trtpool.workers.onnx_engine import OnnxEngine
 
 SLOTS, PER_SLOT, MAX_BATCH = 6, 2, 7
@@ -190,3 +191,28 @@ def test_a_range_that_does_not_fit_the_model_is_refused(tmp_path, given_shape):
     path = save(VARYING, tmp_path)
     with pytest.raises(ModelError, match=r"--shape x=.* does not fit it"):
         OnnxEngine(ModelSource(str(path), "m"), EngineSettings(shapes={"x": given_shape}))
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [(VARYING, {"shapes": {"x": (2, (1, 5))}}), (SHARED, {}), (FIXED_BATCH, {}), (BFLOAT16, {})],
+    ids=["varying", "shared", "fixed batch", "bfloat16"],
+)
+def test_a_warm_up_leaves_the_planes_as_they_are(model, options, tmp_path):
+    bench = Bench(tmp_path, model, per_slot=1, max_batch=4, **options)
+    for plane in bench.planes.values():
+        plane.view(np.uint8)[...] = 77
+    for items in (4, 1):
+        bench.engine.warm_up(items)
+    assert all((plane.view(np.uint8) == 77).all() for plane in bench.planes.values())
+
+
+def test_a_warm_up_is_of_the_largest_items(tmp_path, monkeypatch):
+    bench = Bench(tmp_path, VARYING, shapes={"x": (2, (1, 5))})
+    seen = []
+    run = Calls.run
+    monkeypatch.setattr(
+        Calls, "run", lambda self, batch, shapes: seen.append((batch, shapes)) or run(self, batch, shapes)
+    )
+    bench.engine.warm_up(3)
+    assert seen == [([Rows(0, 1, 3)], ((2, 5),))]
