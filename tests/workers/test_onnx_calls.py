@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.models import BFLOAT16, COUNTED, FIXED_BATCH, SHARED, VARYING, save
 from trtpool.ipc.errors import MissingExtra, ModelError
 from trtpool.ipc.settings import EngineSettings, ModelSource
-from trtpool.workers.engine import EngineError, Rows, Times
+from trtpool.workers.engine import Batch, EngineError, Rows, Shapes, Times
 from trtpool.workers.onnx_calls import Calls
 from trtpool.workers.onnx_engine import OnnxEngine
 
@@ -211,8 +211,11 @@ def test_a_warm_up_is_of_the_largest_items(tmp_path, monkeypatch):
     bench = Bench(tmp_path, VARYING, shapes={"x": (2, (1, 5))})
     seen = []
     run = Calls.run
-    monkeypatch.setattr(
-        Calls, "run", lambda self, batch, shapes: seen.append((batch, shapes)) or run(self, batch, shapes)
-    )
+
+    def noting(self: Calls, batch: Batch, shapes: Shapes) -> Times:
+        seen.append((batch, shapes))
+        return run(self, batch, shapes)
+
+    monkeypatch.setattr(Calls, "run", noting)
     bench.engine.warm_up(3)
     assert seen == [([Rows(0, 1, 3)], ((2, 5),))]
