@@ -157,13 +157,17 @@ class ImageWriter:
         """
         layout = self._layout
         image = out if layout.planar else np.moveaxis(out.reshape(layout.height, layout.width, layout.channels), 2, 0)
-        pixels, top, left = self._library.fitted(value)
+        interleaved = not layout.planar and out.dtype == np.uint8 and out.flags.c_contiguous
+        slot = out.reshape(layout.height, layout.width, layout.channels) if interleaved else None
+        pixels, top, left = self._library.fitted(value, slot)
         rows, columns = pixels.shape[:2]
         body = image[:, top : top + rows, left : left + columns]
         planes = np.moveaxis(pixels, 2, 0)
         if layout.channels == 3 and self._options.channels == "bgr":
             planes = planes[::-1]
-        if self._integer:
+        if slot is not None and np.may_share_memory(pixels, slot):
+            pass  # scaled right into it
+        elif self._integer:
             np.copyto(body, planes)
         else:
             np.multiply(planes, self._gain[:, None, None], out=body, dtype=np.float32, casting="same_kind")
@@ -220,8 +224,13 @@ class _Pillow:
         self._layout, self._fit = layout, options.fit
         self._mode = "L" if layout.channels == 1 else "RGB"
 
-    def fitted(self, value: Any) -> tuple[npt.NDArray[np.uint8], int, int]:
-        """Pixels ``(rows, columns, channels)``, RGB or grey, and the row and column of the input where they go."""
+    def fitted(self, value: Any, _slot: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.uint8], int, int]:
+        """Pixels ``(rows, columns, channels)``, RGB or grey, and the row and column of the input where they go.
+
+        Args:
+            value: see `ImageWriter.write`.
+            _slot: for libraries that can scale into it: ``(H, W, channels)`` of uint8.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd metadata; what cannot be decoded raises
             image = self._ops.exif_transpose(self._opened(value))
@@ -268,34 +277,40 @@ class _OpenCV:
                 "--image-library opencv needs OpenCV; install it with: pip install opencv-python-headless"
             ) from error
         self._cv2: Any = cv2
-        self._layout, self._fit = layout, options.fit
+        self._layout, self._fit, self._channels = layout, options.fit, options.channels
         cv2.setNumThreads(1)  # there is a producer for each CPU already
 
-    def fitted(self, value: Any) -> tuple[npt.NDArray[np.uint8], int, int]:
-        """See `_Pillow.fitted`."""
-        cv2, grey = self._cv2, self._layout.channels == 1
-        image: Any
-        if isinstance(value, np.ndarray):
-            image = value if value.ndim == 3 else value[..., None]
-            if grey and image.shape[2] == 3:
-                image = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-            elif not grey and image.shape[2] == 1:
-                image = cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
-        else:
-            data = np.fromfile(value, np.uint8) if isinstance(value, Path) else np.frombuffer(value, np.uint8)
-            image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR) if data.size else None
-            if image is None:
-                raise InvalidInput("OpenCV cannot decode it: it is no image, or a broken one")
-            if not grey:
-                image = image[..., ::-1]
-        image = image.reshape(*image.shape[:2], self._layout.channels)
+    def fitted(self, value: Any, slot: npt.NDArray[Any] | None) -> tuple[npt.NDArray[np.uint8], int, int]:
+        """See `_Pillow.fitted`; what was scaled into the slot has its channels in the model's order already."""
+        cv2, channels = self._cv2, self._layout.channels
+        image, is_bgr = self._decoded(value)
         box, width, height, top, left = fitted_box(self._fit, (image.shape[1], image.shape[0]), self._layout)
         x0, y0, x1, y1 = (round(edge) for edge in box)
         image = image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
-        if image.shape[:2] != (height, width):
-            smaller = image.shape[0] > height or image.shape[1] > width
-            flipped = np.ascontiguousarray(image)
-            image = cv2.resize(
-                flipped, (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR
-            ).reshape(height, width, self._layout.channels)
-        return image, top, left
+        if image.shape[:2] == (height, width):
+            return image.reshape(height, width, channels)[..., :: -1 if is_bgr else 1], top, left
+        how = cv2.INTER_AREA if image.shape[0] > height or image.shape[1] > width else cv2.INTER_LINEAR
+        target = None if slot is None else slot[top : top + height, left : left + width]
+        if target is not None:
+            target = target[..., 0] if channels == 1 else target
+        scaled = cv2.resize(np.ascontiguousarray(image), (width, height), dst=target, interpolation=how)
+        if target is not None and np.may_share_memory(scaled, target):
+            if channels == 3 and is_bgr != (self._channels == "bgr"):
+                cv2.cvtColor(scaled, cv2.COLOR_BGR2RGB, dst=scaled)
+            return scaled.reshape(height, width, channels), top, left
+        return scaled.reshape(height, width, channels)[..., :: -1 if is_bgr else 1], top, left
+
+    def _decoded(self, value: Any) -> tuple[Any, bool]:
+        """The image, with as many channels as the input, and whether they are blue, green, red."""
+        cv2, grey = self._cv2, self._layout.channels == 1
+        if isinstance(value, np.ndarray):
+            if grey and value.ndim == 3 and value.shape[2] == 3:
+                return cv2.cvtColor(value, cv2.COLOR_RGB2GRAY), False
+            if not grey and (value.ndim == 2 or value.shape[2] == 1):
+                return cv2.cvtColor(value, cv2.COLOR_GRAY2RGB), False
+            return value, False
+        data = np.fromfile(value, np.uint8) if isinstance(value, Path) else np.frombuffer(value, np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR) if data.size else None
+        if image is None:
+            raise InvalidInput("OpenCV cannot decode it: it is no image, or a broken one")
+        return image, not grey

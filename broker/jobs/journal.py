@@ -85,6 +85,7 @@ class JobFolder:
         self.output = output
         self.path = output.with_name(output.name + ".job")
         self._journal_fd = self._lock_fd = -1
+        self._names_synced = False
         try:
             self.path.mkdir(exist_ok=True)
             self._lock_fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -117,6 +118,7 @@ class JobFolder:
             if entry.name != "lock":
                 entry.unlink()
         self.write("job.json", msgspec.json.encode(record))
+        self._sync_folder(self.output.parent)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file, all or nothing."""
@@ -150,6 +152,9 @@ class JobFolder:
 
     def note(self, entries: Iterable[Entry]) -> None:
         """Add chunks whose bytes are synced."""
+        if not self._names_synced:  # the names of the files that they are in, which are there by now
+            self._sync_folder(self.path)
+            self._names_synced = True
         data = b"".join(msgspec.json.encode(entry) + b"\n" for entry in entries)
         while data:
             data = data[os.write(self._journal_fd, data) :]

@@ -180,6 +180,31 @@ def test_buffers_and_files_of_any_mode_decode_alike(tmp_path: Path) -> None:
     assert np.array_equal(grey, deep >> 8)
 
 
+@pytest.mark.parametrize("channels", ["rgb", "bgr"])
+@pytest.mark.parametrize("fit", images.FITS)
+@pytest.mark.parametrize("shape", [(40, 60, 3), (3, 40, 60), (40, 60)])
+def test_opencv_does_what_pillow_does(shape: tuple[int, ...], fit: str, channels: str, tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    ramp = np.linspace(0, 250, 180 * 200 * 3).reshape(180, 200, 3).astype(np.uint8)
+    ramp[..., 1:] //= np.uint8(2)
+    ramp[..., 2] //= 2
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    small = ramp[:40, :60].copy()
+    spec = TensorSpec("x", "uint8", shape)
+    for value in (tmp_path / "a.png", ramp, small):
+        both = [written(spec, value, fit=fit, channels=channels, library=one) for one in ("pillow", "opencv")]
+        assert np.allclose(both[0], both[1].astype(int), atol=3)
+
+
+def test_opencv_scales_right_into_the_slot() -> None:
+    pytest.importorskip("cv2")
+    options = images.ImageOptions(library="opencv", fit="letterbox", norm="none")
+    writer = images.ImageWriter(TensorSpec("x", "uint8", (40, 60, 3)), options)
+    slot = np.zeros((40, 60, 3), np.uint8)
+    scaled, _, _ = writer._library.fitted(pixels(90, 90), slot)
+    assert np.shares_memory(scaled, slot)
+
+
 def test_exif_says_how_an_image_is_turned(tmp_path: Path) -> None:
     image = Image.fromarray(np.repeat([[[0] * 3, [255] * 3]], 2, 0).astype(np.uint8))
     exif = image.getexif()
