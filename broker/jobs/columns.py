@@ -129,7 +129,9 @@ def parquet_file(rows: ChunkRows, schema: Any) -> list[bytes | memoryview]:
 
     table = parquet_table(rows, schema)
     sink = pa.BufferOutputStream()
-    pyarrow_parquet("Parquet is written").write_table(table, sink, row_group_size=max(1, rows.count))
+    texts = [field.name for field in table.schema if pa.types.is_string(field.type)]  # looking numbers up takes long
+    parquet = pyarrow_parquet("Parquet is written")
+    parquet.write_table(table, sink, row_group_size=max(1, rows.count), use_dictionary=texts)
     return [memoryview(sink.getvalue())]
 
 

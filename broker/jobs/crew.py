@@ -90,7 +90,6 @@ class Producer:
         self.chunks: dict[int, wire.Chunk] = {}
         self.done: dict[int, int] = {}
         self.last: wire.Chunk | None = None
-        self.ready = False
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "trtpool.broker.jobs.produce"],
@@ -240,9 +239,7 @@ class Crew:
             TrtpoolError: what the producer gave up for.
             StartFailed: producers end again and again.
         """
-        if isinstance(header, wire.Ready):
-            producer.ready = True
-        elif isinstance(header, wire.Spent):
+        if isinstance(header, wire.Spent):
             producer.done[header.chunk] = producer.done.get(header.chunk, 0) + header.rows
         elif isinstance(header, wire.Finished):
             self._deaths = 0
@@ -253,7 +250,7 @@ class Crew:
         elif isinstance(header, wire.Fatal):
             kind = getattr(errors, header.kind, TrtpoolError)
             raise (kind if issubclass(kind, TrtpoolError) else TrtpoolError)(header.text)
-        else:
+        elif isinstance(header, Ended):
             self._replace(producer)
             return None
         self.deal(producer)

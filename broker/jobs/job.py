@@ -105,7 +105,7 @@ class Job:
                     self._options, self._show, folder, record, safe, sink, pool, config, stopping=lambda: self._stop
                 )
                 run.all_chunks()
-                return run.outcome(folder.finish(sink.finish(run.ordered_entries())))
+                return run.outcome(run.complete())
             finally:
                 sink.close()
 

@@ -40,9 +40,15 @@ class Usage:
         self._engine = "GPU" if on_gpu else "model"
         self._sums = dict.fromkeys(PARTS, 0.0)
         self._base: dict[str, float] | None = None
-        self._since = self._start = time.monotonic()
+        self._start = time.monotonic()
         self._last: tuple[float, dict[str, float]] = (self._start, dict(self._sums))
         self._workers = 1
+
+    def begin(self, report: PoolReport, model: ModelReport) -> None:
+        """Start the clock: producers have started."""
+        self.look(report, model)
+        self._start = time.monotonic()
+        self._last = self._start, dict(self._sums)
 
     def add(self, part: str, seconds: float) -> None:
         """Note time of producers or of the sink."""
@@ -96,7 +102,8 @@ class _Cpu:
         seconds = _cpu_seconds(self._pid)
         if seconds is None:
             self._before += self._seconds
-            self._pid, seconds = self._find(), 0.0
+            self._pid = self._find()
+            seconds = _cpu_seconds(self._pid) or 0.0
         self._seconds = seconds
         return self._before + seconds
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import msgspec
 
 from trtpool.broker.pool import Pool
-from trtpool.ipc.errors import StartFailed, TrtpoolError
+from trtpool.ipc.errors import ConfigError, StartFailed, TrtpoolError
 
 from . import wire
 from .crew import Crew, Dealer
@@ -44,7 +45,7 @@ class Outcome(msgspec.Struct, frozen=True):
         rows: of all inputs.
         kept: of these, how many were safe before it went on.
         errors: row, key and text of those without a result.
-        seconds: from the first producer's start to the last row.
+        seconds: from when the first producer was ready to the last row.
         shares: how busy each part was, see `limits`.
         replaced: producers that ended and were replaced.
         files: what was written.
@@ -129,6 +130,7 @@ class Work:
         self._kept = self._rows_safe = sum(self._chunks[number].count for number in safe)
         self._rows_held = 0
         self._errors = [error for entry in safe.values() for error in entry.errors]
+        self._begun = False
         self._start = self._looked = time.monotonic()
         self._seconds = 0.0
         self._replaced = 0
@@ -137,21 +139,28 @@ class Work:
     def all_chunks(self) -> None:
         """Do what is not safe yet."""
         left = [chunk for chunk in self._chunks if chunk.number not in self._safe]
-        self._show.begin(self._total, self._kept)
         self._check_errors()
         if left:
             dealer = Dealer(left)
             count = min(self._options.producers, len(left))
-            self._usage.look(report := self._pool.status(), report.models[0])
             with Crew(self._config, self._folder_of_job, count, dealer) as crew:
                 while self._rows_safe + self._rows_held < self._total:
                     self._turn(crew)
                 crew.leave()
                 self._replaced = crew.replaced
+        if not self._begun:
+            self._begin()
         self._note(self._sink.held())
         self._show.advance(self._total, len(self._errors))
         self._usage.look(report := self._pool.status(), report.models[0])
         self._seconds = time.monotonic() - self._start
+
+    def _begin(self) -> None:
+        """Start the clock when there are producers: what they take to start says nothing about the rate."""
+        self._begun = True
+        self._start = self._looked = time.monotonic()
+        self._usage.begin(report := self._pool.status(), report.models[0])
+        self._show.begin(self._total, self._kept)
 
     def _turn(self, crew: Crew) -> None:
         """Handle what has come, and make it safe together."""
@@ -160,6 +169,8 @@ class Work:
             event = crew.events.get(timeout=0.2)
             while True:
                 producer, header, payload = event
+                if isinstance(header, wire.Ready) and not self._begun:
+                    self._begin()
                 chunk = crew.handle(producer, header)
                 if isinstance(header, wire.Spent):
                     self._usage.add("decoding", header.decode_ns / 1e9)
@@ -174,20 +185,20 @@ class Work:
             pass
         finally:
             self._note(entries)
-        self._show.advance(self._rows_safe + self._rows_held + crew.rows_in_work, len(self._errors))
+        if self._begun:
+            self._show.advance(self._rows_safe + self._rows_held + crew.rows_in_work, len(self._errors))
         self._check_errors()
         if self._stopping():
             raise Stopped(f"the job was stopped; {self._safe_text()}")
-        if time.monotonic() - self._looked > LOOK_EVERY_S:
+        if self._begun and time.monotonic() - self._looked > LOOK_EVERY_S:
             self._looked = time.monotonic()
             report = self._pool.status()
             self._usage.look(report, report.models[0])
             self._show.limit(*self._usage.lately())
 
     def _write(self, chunk: wire.Chunk, errors: tuple[tuple[int, str, str], ...], payload: memoryview) -> list[Entry]:
-        start = time.monotonic()
-        entries = self._sink.append(chunk, payload, errors)
-        self._usage.add("writing", time.monotonic() - start)
+        with self._writing():
+            entries = self._sink.append(chunk, payload, errors)
         self._rows_held += chunk.count
         self._errors += errors
         return entries
@@ -195,15 +206,26 @@ class Work:
     def _note(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        start = time.monotonic()
-        self._sink.sync()
-        self._folder.note(entries)
-        self._usage.add("writing", time.monotonic() - start)
+        with self._writing():
+            self._sink.sync()
+            self._folder.note(entries)
         for entry in entries:
             self._safe[entry.chunk] = entry
             rows = self._chunks[entry.chunk].count
             self._rows_safe += rows
             self._rows_held -= rows
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"{self._folder.path} cannot be written: {error}; when that is mended, {self._safe_text()}"
+            ) from error
+        finally:
+            self._usage.add("writing", time.monotonic() - start)
 
     def _check_errors(self) -> None:
         most = self._options.max_errors
@@ -217,7 +239,12 @@ class Work:
     def _safe_text(self) -> str:
         return f"{self._rows_safe} of {self._total} rows are safe, go on with --resume"
 
-    def ordered_entries(self) -> list[Entry]:
+    def complete(self) -> tuple[Path, ...]:
+        """Put the output where it belongs; returns the files."""
+        with self._writing():
+            return self._folder.finish(self._sink.finish(self._ordered_entries()))
+
+    def _ordered_entries(self) -> list[Entry]:
         """All chunks, in the order that the output is to have."""
         if len(self._safe) != len(self._chunks):
             raise StartFailed("some chunks were never written, which is a defect of trtpool; please report it")
