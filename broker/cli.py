@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `status`, `top`, `stop`, `doctor`.
+"""The command line: `trtpool start`, `build`, `run`, `status`, `top`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -33,19 +33,18 @@ from trtpool.ipc.settings import (
 from . import supervisor
 from .cli_build import build, build_options
 from .cli_logs import log_options
-from .cli_options import pool_options
+from .cli_options import parse_gpus, parse_shapes, pool_options
 from .cli_top import top
 from .cli_types import PER_MODEL, PerModel, only_by_model, per_model_option, split
 from .config_file import with_file
 from .doctor.cli import doctor
-from .gpus import gpu_list
 from .pool import make_settings
 from .users import user_ids
 from .view import show_report
 
 _CODES: Final = (
     (0, "all went well; a pool drained and ended"),
-    (1, "a pool was stopped with work in flight, a build was stopped, or the doctor found a problem"),
+    (1, "a pool was stopped with work in flight, a build or a job was stopped, or the doctor found a problem"),
     (2, "the command line cannot be understood"),
     (errors.ConfigError.exit_code, "an option is not possible"),
     (errors.ModelError.exit_code, "a model file cannot be served as it is"),
@@ -59,6 +58,8 @@ _CODES: Final = (
     (errors.PoolBusy.exit_code, "the pool did not answer, or did not end, in time"),
     (errors.PoolClosed.exit_code, "the pool ended unexpectedly"),
     (errors.StartFailed.exit_code, "a broker or worker did not become ready"),
+    (21, "a job is done, and some of its rows have errors"),
+    (22, "a job has more errors than --max-errors"),
     (errors.ProtocolError.exit_code, "pool and client have different versions of trtpool"),
 )
 
@@ -71,6 +72,16 @@ class _Group(click.Group):
             formatter.write_dl([(str(code), text) for code, text in _CODES])
         super().format_epilog(ctx, formatter)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted([*super().list_commands(ctx), "run"])
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name == "run":  # imported here, so that the others stay quick
+            from .jobs.command import run
+
+            return run
+        return super().get_command(ctx, cmd_name)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -81,38 +92,6 @@ class _Group(click.Group):
             command = error.ctx.command_path if error.ctx else "trtpool"
             click.echo(f"trtpool: {error.format_message().rstrip('.')}; see `{command} --help`", err=True)
             ctx.exit(error.exit_code)
-
-
-def _parse_shapes(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, ShapeRange]:
-    shapes = {}
-    for value in values:
-        name, equals, sizes = value.rpartition("=")
-        shape = tuple(map(_parse_axis, sizes.split("x"))) if sizes else ()
-        if not name or not equals or None in shape:
-            raise click.BadParameter(
-                f"{value!r} is not NAME=3x640x640, an input's name and its item shape, with a range such as 32..640 "
-                "where items differ"
-            )
-        shapes[name] = tuple(axis for axis in shape if axis is not None)
-    return shapes
-
-
-def _parse_axis(text: str) -> int | tuple[int, ...] | None:
-    """A size, or a range of them; None: it is neither."""
-    try:
-        sizes = [int(size) for size in text.split("..")]
-    except ValueError:
-        return None
-    if len(sizes) > 2 or min(sizes) < 1 or sizes != sorted(sizes):
-        return None
-    return sizes[0] if len(sizes) == 1 else tuple(sizes)
-
-
-def _parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    try:
-        return () if value is None else gpu_list(value)
-    except ConfigError as error:
-        raise click.BadParameter(str(error)) from error
 
 
 def _parse_users(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> tuple[int, ...]:
@@ -135,6 +114,7 @@ def cli() -> None:
       trtpool build resnet50.onnx -o resnet50.plan --fp16
       trtpool start det=a.onnx cls=b.onnx --name ocr --slots det=32 --slots cls=512 --weight det=3
       trtpool start --config pool.toml
+      trtpool run det.onnx --input 'pages/*.png' --output out.parquet
       trtpool status --json
       trtpool top --name ocr
       trtpool stop --name ocr
@@ -154,7 +134,7 @@ def cli() -> None:
 @pool_options
 @click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
 @click.option(
-    "--gpus", callback=_parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
+    "--gpus", callback=parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
 )
 @click.option("--workers", type=click.IntRange(1, 256), help="Worker processes on the CPU [default: 1].")
 @click.option(
@@ -184,7 +164,7 @@ def cli() -> None:
     "--shape",
     "shapes",
     multiple=True,
-    callback=_parse_shapes,
+    callback=parse_shapes,
     metavar="[MODEL:]INPUT=3x640x640",
     help="Item shape of an input that the model leaves open, such as 3x640x640, or 3x32..640x32..640 where items "
     "differ; or the largest of an output.  Again for each.",

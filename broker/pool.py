@@ -253,6 +253,11 @@ class Pool(Client):
             self._stop()
             raise
 
+    @property
+    def supervisor_pid(self) -> int:
+        """The process that runs the pool; 0 when it was closed."""
+        return self._process.pid if self._process is not None else 0
+
     def close(self) -> None:
         """Disconnect, let work in flight finish, and end the pool.  Again: nothing."""
         super().close()

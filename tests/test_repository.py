@@ -25,7 +25,19 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ipc", "broker", "workers")
 MAY_IMPORT = {"ipc": {"ipc"}, "broker": {"ipc", "broker"}, "workers": {"ipc", "workers"}}
-OPTIONAL = ("onnx", "onnxruntime", "cuda", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "ray", "psutil")
+OPTIONAL = (
+    "onnx",
+    "onnxruntime",
+    "cuda",
+    "tensorrt",
+    "tensorrt_lean",
+    "tensorrt_rtx",
+    "ray",
+    "psutil",
+    "pyarrow",
+    "PIL",
+    "cv2",
+)
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
