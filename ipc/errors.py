@@ -34,6 +34,8 @@ The text of each says what to do.  `exit_code` is what the command line exits wi
 
 from __future__ import annotations
 
+import reprlib
+
 
 class TrtpoolError(Exception):
     """Base of all errors raised by trtpool."""
@@ -144,6 +146,8 @@ class WorkError(TrtpoolError):
 
     Attributes:
         slots: the rows of the submission that failed, as a range counted from its first slot.
+        index: out of `map` and of `trtpool.arrow`: the item's place, counted from 0; else None.
+        item: out of `map`: the item itself.  A pickled error leaves it behind, and keeps what its text says of it.
     """
 
     exit_code = 20
@@ -151,6 +155,20 @@ class WorkError(TrtpoolError):
     def __init__(self, text: str, slots: range = range(1)) -> None:
         super().__init__(text)
         self.slots = slots
+        self.index: int | None = None
+        self.item: object = None
+        self._named = ""
+
+    def name_item(self, index: int, item: object) -> None:
+        """Have the text say which item it was."""
+        self.index, self.item = index, item
+        self._named = f" (item {index}: {describe_item(item)})"
+
+    def __str__(self) -> str:
+        return super().__str__() + self._named
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.args[0], self.slots), {"index": self.index, "_named": self._named}
 
 
 class DeadlineExceeded(WorkError):
@@ -173,6 +191,15 @@ class ProtocolError(TrtpoolError):
     """A peer sent something that the protocol does not allow."""
 
     exit_code = 30
+
+
+def describe_item(item: object) -> str:
+    """An item in a line of an error's text, however large it is or however it prints."""
+    return " ".join(_BRIEF.repr(item).split())
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
 
 
 def of_exit_code(code: int) -> type[TrtpoolError]:

@@ -46,6 +46,7 @@ from trtpool.ipc.handles import Lease, Leases, Phases, Result, Submitted
 from trtpool.ipc.remote import PoolHandle, connect
 from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
 from trtpool.ipc.settings import Priority
+from trtpool.ipc.streams import Stream
 
 __version__ = "0.1.0"
 
@@ -83,6 +84,7 @@ __all__ = [
     "RunDirError",
     "SpentHandle",
     "StartFailed",
+    "Stream",
     "Submitted",
     "TrtpoolError",
     "UsageError",
