@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from .errors import InvalidInput
 from .handles import Lease, Leases
-from .inference import Inference
+from .inference import Inference, Job
 from .layout import ModelLayout
 from .mapping import Mapper
 from .report import PoolReport
@@ -145,19 +145,17 @@ class Client:
 
         Raises:
             InvalidInput: a missing or unknown name, a wrong shape or dtype, no such GPU.
-            PoolBusy, PoolClosed, WorkError: see `lease` and `Submitted.result`.
+            PoolBusy, PoolClosed: see `lease`.
+            WorkError: an item failed; `index` says which.
             TimeoutError: a result did not come in time.
         """
         index = self.model_index(model)
         layout = self.models[index]
         checked, items = _check_inputs(layout, {**(inputs or {}), **arrays})
-        outputs = {
-            spec.name: np.empty((1 if items is None else items, *spec.shape), spec.numpy_dtype)
-            for spec in layout.spec.outputs
-        }
-        total = 1 if items is None else items
-        Inference(self.session, index, checked, outputs, total, timeout_s, gpu, priority).run()
-        return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
+        job = Job(checked, layout, 1 if items is None else items, None)
+        for _ in Inference(self.session, index, [job], timeout_s, gpu, priority).run():
+            pass
+        return job.outputs if items is not None else {name: array[0, ...] for name, array in job.outputs.items()}
 
     def map(
         self,

@@ -146,7 +146,8 @@ class WorkError(TrtpoolError):
 
     Attributes:
         slots: the rows of the submission that failed, as a range counted from its first slot.
-        index: out of `map` and of `trtpool.arrow`: the item's place, counted from 0; else None.
+        index: out of `map`, `infer` and `trtpool.arrow`: the place of the item, or of the first that failed, counted
+            from 0; else None.
         item: out of `map`: the item itself.  A pickled error leaves it behind, and keeps what its text says of it.
     """
 
@@ -159,10 +160,10 @@ class WorkError(TrtpoolError):
         self.item: object = None
         self._named = ""
 
-    def name_item(self, index: int, item: object) -> None:
+    def name_item(self, index: int, item: object = None) -> None:
         """Have the text say which item it was."""
         self.index, self.item = index, item
-        self._named = f" (item {index}: {describe_item(item)})"
+        self._named = f" (item {index})" if item is None else f" (item {index}: {describe_item(item)})"
 
     def __str__(self) -> str:
         return super().__str__() + self._named

@@ -25,7 +25,18 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("ipc", "broker", "workers")
 MAY_IMPORT = {"ipc": {"ipc"}, "broker": {"ipc", "broker"}, "workers": {"ipc", "workers"}}
-OPTIONAL = ("onnx", "onnxruntime", "cuda", "tensorrt", "tensorrt_lean", "tensorrt_rtx", "ray", "psutil")
+OPTIONAL = (
+    "onnx",
+    "onnxruntime",
+    "cuda",
+    "tensorrt",
+    "tensorrt_lean",
+    "tensorrt_rtx",
+    "ray",
+    "psutil",
+    "pyarrow",
+    "torch",
+)
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -139,8 +150,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dists: dict[str, Path]) ->
     with zipfile.ZipFile(dists[".whl"]) as wheel:
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == {
-        "trtpool/__init__.py",
         "trtpool/py.typed",
+        *(f"trtpool/{path.name}" for path in (ROOT / ".src" / "trtpool").glob("*.py")),
         *(f"trtpool/{name_of(path)}" for path in SOURCES),
     }
 
