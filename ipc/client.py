@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -14,13 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import InvalidInput
-from .handles import Lease, Leases, Result
-from .inference import Inference
+from .handles import Lease, Leases
+from .inference import Inference, Job
 from .layout import ModelLayout
 from .mapping import Mapper
 from .report import PoolReport
 from .session import Session, check_priority
 from .settings import DEFAULT_TRANSPORT, Priority
+from .streams import Stream
 from .tensors import check_array
 
 if TYPE_CHECKING:
@@ -145,20 +147,22 @@ class Client:
         Raises:
             InvalidInput: a missing or unknown name, a wrong shape or dtype, no such GPU; or the items' outputs have
                 different shapes, since these depend on what is in the inputs.
-            PoolBusy, PoolClosed, WorkError: see `lease` and `Submitted.result`.
+            PoolBusy, PoolClosed: see `lease`.
+            WorkError: an item failed; `index` says which.
             TimeoutError: a result did not come in time.
         """
         index = self.model_index(model)
         layout = self.models[index]
         checked, items = _check_inputs(layout, {**(inputs or {}), **arrays})
-        total = 1 if items is None else items
-        outputs = Inference(self.session, index, checked, total, timeout_s, gpu, priority).run()
-        return outputs if items is not None else {name: array[0, ...] for name, array in outputs.items()}
+        job = Job(checked, layout, 1 if items is None else items, None)
+        for _ in Inference(self.session, index, [job], timeout_s, gpu, priority).run():
+            pass
+        return job.outputs if items is not None else {name: array[0, ...] for name, array in job.outputs.items()}
 
     def map(
         self,
         write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
-        items: Iterable[T],
+        items: Iterable[T] | AsyncIterable[T],
         *,
         window: int = 64,
         ordered: bool = True,
@@ -167,20 +171,28 @@ class Client:
         return_exceptions: bool = False,
         gpu: int | None = None,
         priority: Priority = "bulk",
-    ) -> Iterator[tuple[T, Result]]:
+    ) -> Stream[T]:
         """Stream items through the pool: ``for item, result in pool.map(write, items): ...``.
+
+        Nothing is done before the first is asked for.  Then slots are written ahead of the reader, up to `window`: a
+        reader that is slow holds back the reading of `items`, and a pool that is busy does too.
+
+        ``async for`` reads it as well, and then takes async iterables too.  `items`, unless they are one, and `write`
+        are then used in a thread, so that the loop goes on.
 
         Args:
             write: called as ``write(item, inputs)`` to write an item into a slot's input arrays, by name.  Where slots
                 hold several items, `item` is whatever fills one slot, and a returned int says how many it wrote.
                 Where items differ in shape, ``inputs["x"] = item`` and ``inputs.shaped("x", shape)`` say which this
                 one has.
-            items: any iterable; read as slots come free.
+            items: any iterable; read as slots come free.  While it waits for an item of its own, results that are there
+                wait too; in an ``async for`` over an async iterable they do not.
             window: slots that are written or in flight at once; more than the client's cap is cut to it.
             ordered: yield in the order of `items`; else as they end.
             model: see `lease`.
             timeout_s: seconds to wait for each lease and each result.
-            return_exceptions: yield the `WorkError` of an item that failed in place of its result.
+            return_exceptions: yield the error of an item that failed in place of its result: its `WorkError`, or what
+                `write` raised for it.
             gpu: see `Lease.submit`.
             priority: see `lease`.
 
@@ -189,25 +201,28 @@ class Client:
             An array that is kept all the same stays as it is, and keeps its slots from the pool.
 
         Raises:
-            WorkError: an item failed and `return_exceptions` is false.
+            WorkError: an item failed and `return_exceptions` is false; `index` and `item` say which.
+            Exception: what `items` or `write` raised, when all before it was read; from Python 3.11 on, a note says
+                for which item `write` did.
             InvalidInput, PoolBusy, PoolClosed: see `lease`.
         """
         if window < 1:
             raise InvalidInput(f"map() takes a window of at least 1, got {window}")
         self.session.check_process()
         index = self.model_index(model)
-        return Mapper(
+        make = partial(
+            Mapper,
             self.session,
             index,
             write,
-            items,
-            window,
+            window=window,
             ordered=ordered,
             timeout_s=timeout_s,
             return_exceptions=return_exceptions,
             gpu=gpu,
             priority=priority,
-        ).run()
+        )
+        return Stream(self.session, items, make)
 
     def status(self) -> PoolReport:
         """The pool's figures.

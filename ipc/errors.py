@@ -34,6 +34,8 @@ The text of each says what to do.  `exit_code` is what the command line exits wi
 
 from __future__ import annotations
 
+import reprlib
+
 
 class TrtpoolError(Exception):
     """Base of all errors raised by trtpool."""
@@ -145,6 +147,9 @@ class WorkError(TrtpoolError):
     Attributes:
         slots: the rows of the submission that failed, as a range counted from its first slot.
         work_id: what logs call the submission, such as "12.3".
+        index: out of `map`, `infer` and `trtpool.arrow`: the place of the item, or of the first that failed, counted
+            from 0; else None.
+        item: out of `map`: the item itself.  A pickled error leaves it behind, and keeps what its text says of it.
     """
 
     exit_code = 20
@@ -153,6 +158,20 @@ class WorkError(TrtpoolError):
         super().__init__(text)
         self.slots = slots
         self.work_id = work_id
+        self.index: int | None = None
+        self.item: object = None
+        self._named = ""
+
+    def name_item(self, index: int, item: object = None) -> None:
+        """Have the text say which item it was."""
+        self.index, self.item = index, item
+        self._named = f" (item {index})" if item is None else f" (item {index}: {describe_item(item)})"
+
+    def __str__(self) -> str:
+        return super().__str__() + self._named
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.args[0], self.slots, self.work_id), {"index": self.index, "_named": self._named}
 
 
 class DeadlineExceeded(WorkError):
@@ -175,6 +194,15 @@ class ProtocolError(TrtpoolError):
     """A peer sent something that the protocol does not allow."""
 
     exit_code = 30
+
+
+def describe_item(item: object) -> str:
+    """An item in a line of an error's text, however large it is or however it prints."""
+    return " ".join(_BRIEF.repr(item).split())
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxother = 120
 
 
 def of_exit_code(code: int) -> type[TrtpoolError]:

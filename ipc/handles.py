@@ -269,6 +269,11 @@ class Lease:
         return self._claim.count
 
     @property
+    def model(self) -> ModelLayout:
+        """The model that the slots are of."""
+        return self._claim.model
+
+    @property
     def inputs(self) -> Tensors:
         """The input arrays to write, by name: views of the arena, in whatever state the last user left them.
 
@@ -377,6 +382,11 @@ class Result:
         self.items = items
         self.errors = errors
         self.spent = False
+
+    @property
+    def model(self) -> ModelLayout:
+        """The model that made it."""
+        return self._claim.model
 
     @property
     def outputs(self) -> Tensors:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy.typing as npt
 
 from .client import Client
-from .handles import Lease, Leases, Result
+from .handles import Lease, Leases
 from .report import PoolReport
 from .rundir import run_dir_of
 from .settings import DEFAULT_TRANSPORT, Priority
+from .streams import Stream
 
 T = TypeVar("T")
 
@@ -113,7 +114,7 @@ class PoolHandle:
     def map(
         self,
         write: Callable[[T, Mapping[str, npt.NDArray[Any]]], object],
-        items: Iterable[T],
+        items: Iterable[T] | AsyncIterable[T],
         *,
         window: int = 64,
         ordered: bool = True,
@@ -122,7 +123,7 @@ class PoolHandle:
         return_exceptions: bool = False,
         gpu: int | None = None,
         priority: Priority = "bulk",
-    ) -> Iterator[tuple[T, Result]]:
+    ) -> Stream[T]:
         """See `Client.map`."""
         return self.client.map(
             write,

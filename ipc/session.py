@@ -16,7 +16,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from .lifeline import connect as connect_lifeline
 from .link import LINGER_MS, TRANSPORTS, Attendant
 from .settings import BULK, PRIORITIES
 from .variation import Variation
-from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Target
+from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Stopped, Target, Waitable
 
 log = logging.getLogger("trtpool.client")
 
@@ -276,6 +276,7 @@ class Session:
         timeout_s: float | None,
         busy: bool,
         priority: int = BULK,
+        stop: Target | None = None,
     ) -> Request:
         """`request`, or a new one if there is none, for a caller that is `busy`, with work in flight, or can only wait.
 
@@ -284,11 +285,14 @@ class Session:
 
         Raises:
             PoolBusy: that one waited for `timeout_s`.
+            Stopped: `stop` is over.
         """
         if request is None:
             return self.ask(model, count, None if busy else timeout_s, at_once=not busy, priority=priority)
-        if not busy and not self.wait_any([request], timeout_s):
+        if not busy and not self.wait_any([request, stop] if stop else [request], timeout_s):
             raise PoolBusy(f"no slots came free within {timeout_s} s; wait longer, or start the pool with more --slots")
+        if stop is not None and stop.over:
+            raise Stopped
         return request
 
     def room(self, model: int) -> int:
@@ -306,11 +310,13 @@ class Session:
     def _is_only_thread(self) -> bool:
         return threading.active_count() - self._background.idle - Attendant.count() == 1
 
-    def answer(self, request: Request) -> list[Claim]:
-        """Wait for the answer to `ask`; the broker keeps the time."""
+    def answer(self, request: Request, stop: Target | None = None) -> list[Claim]:
+        """Wait for the answer to `ask`, or raise `Stopped` when `stop` is over first; the broker keeps the time."""
         try:
             self._flush()  # others, or this very request, may wait for what we have released
-            self._driver.wait(request, None)
+            self._driver.wait(request if stop is None else AnyOf([request, stop]), None)
+            if not request.over:
+                raise Stopped
         except BaseException:
             self.abandon(request)
             raise
@@ -473,10 +479,15 @@ class Session:
         self.check_process()
         return self._driver.wait(submitted, timeout_s)
 
-    def wait_any(self, targets: list[Submitted | Request], timeout_s: float | None) -> bool:
+    def wait_any(self, targets: Sequence[Waitable], timeout_s: float | None) -> bool:
         """Wait for one of several; False when `timeout_s` passed first."""
         self.check_process()
         return self._driver.wait(AnyOf(targets), timeout_s)
+
+    def finish(self, target: Target) -> None:
+        """Mark something that no message ends, such as a wish to stop, as over."""
+        with self._driver:
+            self._driver.finish(target)
 
     def poll(self) -> None:
         """Take in what has arrived, unless another thread is at it."""

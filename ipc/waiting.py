@@ -21,6 +21,10 @@ LONGEST_SLEEP_S: Final = 1e6
 """The kernel and Python bound a single sleep; who waits longer sleeps again."""
 
 
+class Stopped(Exception):
+    """Another thread told this one to stop waiting; never seen by users."""
+
+
 class Sleeper:
     """A thread that sleeps until `wake`."""
 

@@ -37,6 +37,7 @@ OPTIONAL = (
     "pyarrow",
     "PIL",
     "cv2",
+    "torch",
 )
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
@@ -151,8 +152,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(dists: dict[str, Path]) ->
     with zipfile.ZipFile(dists[".whl"]) as wheel:
         files = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert files == {
-        "trtpool/__init__.py",
         "trtpool/py.typed",
+        *(f"trtpool/{path.name}" for path in (ROOT / ".src" / "trtpool").glob("*.py")),
         *(f"trtpool/{name_of(path)}" for path in SOURCES),
     }
 

@@ -56,6 +56,7 @@ from trtpool.ipc.report import (
     WorkerReport,
 )
 from trtpool.ipc.settings import Priority
+from trtpool.ipc.streams import Stream
 from trtpool.ipc.timings import Timings
 
 __version__ = "0.1.0"
@@ -97,6 +98,7 @@ __all__ = [
     "RunDirError",
     "SpentHandle",
     "StartFailed",
+    "Stream",
     "Submitted",
     "Timings",
     "TrtpoolError",

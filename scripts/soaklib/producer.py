@@ -272,7 +272,7 @@ class Caller:
                 self.judge(model, given[chunk[0]], result.outputs["y"])
             if seen == leave_at:
                 break
-        stream.close()  # type: ignore[attr-defined]  # a generator
+        stream.close()
         self.ledger.leave(left)
 
     def write_nothing(self, model: str) -> None:
