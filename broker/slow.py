@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from trtpool.ipc import messages as m
+from trtpool.ipc.logs import work_id
 
 from .batching import Work
 from .books import Books
@@ -65,7 +66,7 @@ def _story(worker: Worker, batch: Batch, finished: m.Finished, work: Work, now_n
     place = f"worker process {worker.pid}" + ("" if worker.gpu is None else f" on GPU {worker.gpu}")
     items = sum(one.items for one in batch.works)
     return (
-        f"slow: process {lease.producer.pid or '?'} waited {(now_ns - work.queued_ns) / 1e6:.3f} ms for lease "
-        f"{lease.id}, seq {work.seq}, {work.items} items of {model.layout.spec.name}: {times} ms; in batch {batch.id} "
+        f"slow: process {lease.producer.pid or '?'} waited {(now_ns - work.queued_ns) / 1e6:.3f} ms for work "
+        f"{work_id(lease.id, work.seq)}, {work.items} items of {model.layout.spec.name}: {times} ms; in batch {batch.id} "
         f"of {items} items in {batch.runs} runs, attempt {batch.attempt + 1}, {place}"
     )

@@ -210,6 +210,8 @@ class Client:
             raise InvalidInput(f"map() takes a window of at least 1, got {window}")
         self.session.check_process()
         index = self.model_index(model)
+        self.session.check_gpu(gpu)
+        check_priority(priority)
         make = partial(
             Mapper,
             self.session,

@@ -761,8 +761,8 @@ class Session:
         others = f"; {self._slow_untold} more were slow since the last" if self._slow_untold else ""
         self._slow_told_ns, self._slow_untold = claim.received_ns, 0
         log.warning(
-            "slow: lease %d, seq %d, %d slots of %s: %s%s",
-            *(claim.lease_id, submitted.seq, claim.count, claim.model.spec.name, timings, others),
+            "slow: work %s, %d slots of %s: %s%s",
+            *(submitted.work_id, claim.count, claim.model.spec.name, timings, others),
         )
 
     def _error(self, error: m.Error) -> None:

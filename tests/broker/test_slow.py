@@ -30,7 +30,7 @@ def test_a_slow_request_is_told_of_with_its_story():
     assert run_one(rig, 3, 6 * MS, 5 * MS) == [
         e.Slow(
             1,
-            "slow: process 101 waited 11.000 ms for lease 2, seq 0, 3 items of m0: queue 6.000, dispatch 3.000, "
+            "slow: process 101 waited 11.000 ms for work 2.0, 3 items of m0: queue 6.000, dispatch 3.000, "
             "copy in 0.000, compute 2.000, copy out 0.000 ms; in batch 2 of 3 items in 1 runs, attempt 1, "
             "worker process 1010",
         )

@@ -19,7 +19,7 @@ def test_the_broker_and_the_client_log_it_with_the_same_ids(make_pool, caplog):
         submitted = lease.submit()
         timings = submitted.result(NET_S).timings
     told = {record.name: record.getMessage() for record in caplog.records}
-    ids = f"lease {submitted.claim.lease_id}, seq {submitted.seq}, 1 "
+    ids = f"work {submitted.work_id}, 1 "
     assert told["trtpool.client"] == f"slow: {ids}slots of neg: {timings}"
     assert ids in told["trtpool.broker"]
 
