@@ -65,8 +65,9 @@ def _story(worker: Worker, batch: Batch, finished: m.Finished, work: Work, now_n
     times = ", ".join(f"{name} {spent / 1e6:.3f}" for name, spent in phases.items())
     place = f"worker process {worker.pid}" + ("" if worker.gpu is None else f" on GPU {worker.gpu}")
     items = sum(one.items for one in batch.works)
+    name = work_id(lease.id, work.seq)
     return (
         f"slow: process {lease.producer.pid or '?'} waited {(now_ns - work.queued_ns) / 1e6:.3f} ms for work "
-        f"{work_id(lease.id, work.seq)}, {work.items} items of {model.layout.spec.name}: {times} ms; in batch {batch.id} "
+        f"{name}, {work.items} items of {model.layout.spec.name}: {times} ms; in batch {batch.id} "
         f"of {items} items in {batch.runs} runs, attempt {batch.attempt + 1}, {place}"
     )

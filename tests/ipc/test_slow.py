@@ -26,7 +26,7 @@ def test_the_broker_and_the_client_log_it_with_the_same_ids(make_pool, caplog):
 
 def test_a_client_whose_pool_has_no_limit_logs_nothing(make_pool, caplog):
     client = make_pool().connect()
-    with caplog.at_level(logging.DEBUG, "trtpool.client"):
+    with caplog.at_level(logging.INFO, "trtpool.client"):
         for _ in range(3):
             client.infer(x=ITEM)
     assert not caplog.records
