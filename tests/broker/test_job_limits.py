@@ -10,7 +10,7 @@ from trtpool.ipc.report import ModelReport, PoolReport, WorkerReport
 
 
 def model(**figures: int) -> ModelReport:
-    fields = {field.name: 0 for field in msgspec.structs.fields(ModelReport)}
+    fields = {field.name: 0 for field in msgspec.structs.fields(ModelReport) if field.required}
     return msgspec.convert({**fields, "name": "m", "interactive": CLASS, "bulk": CLASS, **figures}, ModelReport)
 
 
