@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -239,8 +240,10 @@ def test_a_real_child_is_asked(tmp_path, monkeypatch):
     fake.make(tmp_path)
     (tmp_path / "onnxruntime.py").write_text("print('printed')\n__version__ = '1.99'\n")
     (tmp_path / "onnx.py").write_text("raise OSError('libfoo.so:\\n not found')\n")
-    (tmp_path / "tensorrt.py").write_text("import a_module_that_is_missing\n")
-    (tmp_path / "tensorrt_lean").mkdir()
+    # A folder is not imported where there is a package of that name, however late on the path.
+    absent = next(name for name in ("tensorrt", "tensorrt_lean") if importlib.util.find_spec(name) is None)
+    (tmp_path / absent).mkdir()
+    (tmp_path / "tensorrt_rtx.py").write_text("import a_module_that_is_missing\n")
     for name, value in {**fake.on_path(tmp_path), **fake.machine({"0": fake.gpu(0)}, driver=12090)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -248,8 +251,8 @@ def test_a_real_child_is_asked(tmp_path, monkeypatch):
     found = ask()
     assert found.packages["onnxruntime"] == PackageFound("onnxruntime", "1.99")
     assert found.packages["onnx"].error == "libfoo.so: not found"
-    assert "a_module_that_is_missing" in found.packages["tensorrt"].error
-    assert found.packages["tensorrt_lean"].error == "tensorrt_lean on the path is not the package of that name"
+    assert "a_module_that_is_missing" in found.packages["tensorrt_rtx"].error
+    assert found.packages[absent].error == f"{absent} on the path is not the package of that name"
     assert (found.refusals, found.died) == ([], ("", ""))
     (gpu,) = found.gpus
     assert (gpu.gpu.name, gpu.gpu.driver, gpu.free_bytes, gpu.pin_error) == (fake.gpu(0)["name"], (12, 9), 7 << 30, "")

@@ -214,7 +214,7 @@ def layout_with(dtype: str) -> object:
         msgspec.msgpack.encode({"type": "denial", "text": "no", "more": 1}), raw_description(more=1),
         raw_description(token=b"short"), raw_description(token=bytes(41)), raw_description(version="1"),
         raw_description(layout=None), raw_description(layout={"models": [], "segment_bytes": 4096}),
-        raw_description(layout=layout_with("bfloat16")),
+        raw_description(layout=layout_with("complex64")),
         msgspec.msgpack.encode({"type": "denial", "text": "no"}).replace(b"no", b"\xff\xff"),
     ],
 )  # fmt: skip
