@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trtpool.ipc.client import Client
-from trtpool.ipc.errors import InvalidInput, MissingExtra, PoolClosed, PoolNotFound
+from trtpool.ipc.errors import InvalidInput, PoolClosed, PoolNotFound
+from trtpool.ipc.extras import load_extra
 from trtpool.ipc.remote import connect
 from trtpool.ipc.settings import Priority
 
@@ -41,11 +42,7 @@ ATTEMPTS: Final = 5
 
 
 def _ray() -> ModuleType:
-    try:
-        import ray
-    except ImportError as error:
-        raise MissingExtra(f"trtpool.ray needs Ray: pip install 'trtpool[ray]' ({error})") from error
-    return ray  # type: ignore[no-any-return]
+    return load_extra("ray", "trtpool.ray needs Ray", "ray")
 
 
 class Keeper:

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidInput, MissingExtra
+from .errors import InvalidInput
+from .extras import load_extra
 from .tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -37,11 +38,7 @@ def pyarrow() -> ModuleType:
     Raises:
         MissingExtra: it is not installed.
     """
-    try:
-        import pyarrow as module
-    except ImportError as error:
-        raise MissingExtra(f"trtpool.arrow needs pyarrow: pip install 'trtpool[arrow]' ({error})") from error
-    return module  # type: ignore[no-any-return]
+    return load_extra("pyarrow", "trtpool.arrow needs pyarrow", "arrow")
 
 
 def items_of(spec: TensorSpec, column: pa.Array, name: str) -> npt.NDArray[Any]:

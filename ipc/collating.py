@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .client import Client
-from .errors import InvalidInput, MissingExtra
+from .errors import InvalidInput
+from .extras import load_extra
 from .handles import Leases, Result, Submitted
 from .layout import ModelLayout
 from .remote import PoolHandle
@@ -37,11 +38,7 @@ def pytorch() -> ModuleType:
     Raises:
         MissingExtra: it is not installed.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingExtra(f"trtpool.torch needs torch: pip install 'trtpool[torch]' ({error})") from error
-    return torch  # type: ignore[no-any-return]
+    return load_extra("torch", "trtpool.torch needs torch", "torch")
 
 
 def view(result: Result) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from textwrap import indent
@@ -61,6 +62,15 @@ def client(pool: StartedPool, request: pytest.FixtureRequest) -> Iterator[trtpoo
 def negate(tmp_path: Path) -> Path:
     """A model file: ``y = -x`` for items of 4 float32."""
     return save(NEGATE, tmp_path, "negate")
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory that everybody can get to, unlike pytest's."""
+    with tempfile.TemporaryDirectory(prefix="trt", dir="/tmp") as found:
+        path = Path(found)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture

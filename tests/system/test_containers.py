@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,15 +86,6 @@ class Container(Process):
         """Run a command in this container, as `docker exec` does."""
         enter = ("nsenter", f"--target={self.init}", "--pid", "--mount", "--ipc", "--net")
         return subprocess.run([*enter, *command], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that everybody can get to, unlike pytest's."""
-    with tempfile.TemporaryDirectory(prefix="trt", dir="/tmp") as found:
-        path = Path(found)
-        path.chmod(0o755)
-        yield path
 
 
 class ContainedPool(Container):

@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,15 +71,6 @@ def become(uid: int, code: str, *arguments: str | os.PathLike[str]) -> Process:
 def said_by(uid: int, code: str, *arguments: str | os.PathLike[str]) -> str:
     with become(uid, code, *arguments) as process:
         return process.succeed().strip()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """A directory that everybody can get to, unlike pytest's."""
-    with tempfile.TemporaryDirectory(prefix="trt", dir="/tmp") as found:
-        path = Path(found)
-        path.chmod(0o755)
-        yield path
 
 
 @pytest.fixture
