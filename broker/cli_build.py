@@ -25,6 +25,7 @@ from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
 
 from .building import build_plan, cache_root
+from .cli_options import add_options
 from .gpus import gpu_list
 from .planning import child_environment, is_plan
 
@@ -129,9 +130,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         settings = BuildSettings(fp16=fp16, io=io, profiles=profiles, workspace_bytes=workspace_bytes)
         return command(*arguments, build=settings, **others)
 
-    for option in reversed(_OPTIONS):
-        with_settings = option(with_settings)
-    return with_settings
+    return add_options(_OPTIONS)(with_settings)
 
 
 # ---------------------------------------------------------------------------------- command

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +23,17 @@ def pool_options(command: Callable[..., None]) -> Callable[..., None]:
         help="Its run directory [default: $TRTPOOL_RUN_DIR, or a directory for the name].",
     )
     return name(run_dir(command))
+
+
+def add_options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that adds options to a command, in this order."""
+
+    def add(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def parse_shapes(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, ShapeRange]:

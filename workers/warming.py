@@ -24,11 +24,15 @@ MAX_SIZES: Final = 64
 """Most sizes of a model that are warmed up: as many as a lane keeps graphs of."""
 
 
-def sizes(max_batch: int) -> list[int]:
-    """Batch sizes to warm up: the largest, then powers of two, then the others from the smallest on."""
+def sizes(max_batch: int, least: int = 1) -> list[int]:
+    """Batch sizes to warm up: the largest, then powers of two, then the others from the smallest on.
+
+    Those below `least` are filled up to it, and so are none of their own.
+    """
     powers = [1 << power for power in range(max_batch.bit_length())]
     others = range(1, min(max_batch, MAX_SIZES))
-    return list(dict.fromkeys([max_batch, *powers, *others]))[:MAX_SIZES]
+    distinct = (size for size in [max_batch, *powers, *others] if size >= min(least, max_batch))
+    return list(dict.fromkeys(distinct))[:MAX_SIZES]
 
 
 def warm_up(engines: Sequence[tuple[Engine, int]], clock: Callable[[], float] = time.monotonic) -> None:
@@ -38,7 +42,7 @@ def warm_up(engines: Sequence[tuple[Engine, int]], clock: Callable[[], float] = 
     """
     until = clock() + WARM_UP_S
     refused: set[int] = set()
-    for same_rank in zip_longest(*(sizes(max_batch) for _, max_batch in engines)):
+    for same_rank in zip_longest(*(sizes(max_batch, engine.spec.batch_least) for engine, max_batch in engines)):
         for number, ((engine, _), items) in enumerate(zip(engines, same_rank, strict=True)):
             if items is None or number in refused:
                 continue

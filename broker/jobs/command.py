@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from trtpool.broker.cli_build import build_options
-from trtpool.broker.cli_options import parse_gpus, parse_shapes
+from trtpool.broker.cli_options import add_options, parse_gpus, parse_shapes
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.settings import DEFAULT_LANES, FLAVOURS, BuildSettings
 
@@ -92,15 +92,6 @@ _IMAGE_OPTIONS: Final = (
 )
 
 
-def _options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def add(command: Callable[..., Any]) -> Callable[..., Any]:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
 @click.option(
@@ -129,7 +120,7 @@ def _options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[...,
 )
 @click.option("--decode", default="", metavar="MODULE:FUNCTION", help="Called as f(item, inputs) to write a row.")
 @click.option("--post", default="", metavar="MODULE:FUNCTION", help="Called as f(item, outputs) for a row's columns.")
-@_options(_IMAGE_OPTIONS)
+@add_options(_IMAGE_OPTIONS)
 @click.option("--resume", is_flag=True, help="Go on with a job that was interrupted; nothing if it is done.")
 @click.option("--overwrite", is_flag=True, help="Replace the output, and forget an interrupted job.")
 @click.option("--unordered", is_flag=True, help="Leave rows in the order in which they are done.")
@@ -139,7 +130,7 @@ def _options(options: Sequence[Callable[[Any], Any]]) -> Callable[[Callable[...,
     type=click.IntRange(1, 2**20),
     help="Rows that are written together, a row group in Parquet [default: about 16 MiB, at most 1024].",
 )
-@_options(_POOL_OPTIONS)
+@add_options(_POOL_OPTIONS)
 @build_options
 def run(
     *,

@@ -80,3 +80,9 @@ def test_what_is_no_refusal_is_an_error():
     broken.warm_up = fail  # type: ignore[method-assign]
     with pytest.raises(RuntimeError):
         warm_up([(broken, 4)])
+
+
+def test_sizes_that_are_filled_up_are_warmed_up_once():
+    assert sizes(20, least=20) == [20]
+    assert sizes(5, least=20) == [5]
+    assert sizes(6, least=3) == [6, 4, 3, 5]
