@@ -280,6 +280,7 @@ def test_callbacks_hear_of_the_end(pool, client, end, text):
     # More than a worker is sent: the last is queued when the broker is killed.
     work = [submit(client) for _ in range(10)]
     work[-1].add_done_callback(in_turn(lambda future: heard.append(future.exception()), lambda _: called.set()))
+    until(pool.connect(), lambda now: now.queued + now.running == len(work))
     end(pool)
     assert called.wait(NET_S)
     if end is FakePool.stop:
