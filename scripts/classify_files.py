@@ -57,6 +57,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
     folders = parser.parse_args().folders
+    if strange := [str(folder) for folder in folders if not folder.is_dir()]:
+        parser.error(f"{', '.join(strange)}: name folders that exist")
     table = Table("file", "is", "score")
     counts: Counter[str] = Counter()
     try:
@@ -77,7 +79,9 @@ def main() -> int:
         print(f"classify_files: {error}", file=sys.stderr)
         return error.exit_code
     Console().print(table)
-    print(f"{counts.total()} file(s):", ", ".join(f"{count} {label}" for label, count in counts.most_common()))
+    print(
+        f"{counts.total()} file(s):", ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "none"
+    )
     return 0
 
 

@@ -92,6 +92,11 @@ def test_a_file_that_cannot_be_read_is_a_row(tmp_path, monkeypatch, capsys):
     assert "1 file(s): " in out
 
 
+def test_a_folder_that_is_not_there_is_one_line(tmp_path):
+    done = run(str(Path(classify_files.__file__)), tmp_path / "none", code=2)
+    assert done.stderr.endswith("none: name folders that exist\n")
+
+
 # --- Sentences -----------------------------------------------------------------------------------
 
 

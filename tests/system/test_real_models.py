@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import pytest
 
 import trtpool
 from tests.real import require_models
-from tests.system.rig import StartedPool, wait_all_free
+from tests.system.rig import StartedPool, figures, wait_all_free
 from trtpool.ipc.errors import InvalidInput, ModelError
 
 require_models()
@@ -317,3 +318,29 @@ def test_sentences_of_all_lengths_mixed(text_model):
     vectors = [answer["sentence_embedding"] for answer in answers]
     assert vectors[2] @ vectors[3] > 0.5
     assert vectors[2] @ vectors[4] < 0.2
+
+
+def test_sentences_of_one_length_share_batches_without_padding(run_dir, text_model):
+    tokenizer = minilm.load_tokenizer()
+    encoded = [minilm.inputs_of(tokenizer.encode(text)) for text in (TEXTS[2], TEXTS[4])]
+    shapes = [f"--shape={name}=1..32" for name in minilm.INPUTS]
+    with (
+        StartedPool(text_model, *shapes, run_dir=run_dir, max_batch=4, slots=32, threads=1) as pool,
+        pool.connect() as client,
+    ):
+        with ExitStack() as slots:
+            works = []
+            with pool.stopped_worker():  # what waits meanwhile is batched when it goes on
+                for number in range(16):  # short and long in turn, one by one
+                    slot = slots.enter_context(client.lease())
+                    for name, array in encoded[number % 2].items():
+                        slot.inputs[name] = array
+                    works.append(slot.submit())
+                assert figures(client).queued > 8
+            results = [work.result().outputs["sentence_embedding"].copy() for work in works]
+        direct = Direct(text_model)
+        for number, got in enumerate(results):
+            assert_close({"y": got}, {"y": direct.item(**encoded[number % 2])["sentence_embedding"]})
+        assert figures(client).items == 16
+        assert figures(client).batches <= 8
+        wait_all_free(client)
