@@ -150,8 +150,10 @@ class ConfigFile:
 
     def _word(self, key: Key, option: click.Option, value: object) -> str:
         if isinstance(value, list):
-            parts = [self._word(key, option, one) for one in value]
-            return ("x" if option.multiple else ",").join(parts)
+            if option.multiple:  # a shape, with a list of two for an axis that is a range
+                pairs = [one if isinstance(one, list) else [one] for one in value]
+                return "x".join("..".join(self._word(key, option, end) for end in pair) for pair in pairs)
+            return ",".join(self._word(key, option, one) for one in value)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number and not isinstance(value, str):
             self.refuse(key, f"must be {_expected(option)}, not {_show(value)}")

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import msgspec
 
 from trtpool.ipc.errors import ConfigError
-from trtpool.ipc.settings import ModelOptions, ModelSource, Shape
+from trtpool.ipc.settings import ModelOptions, ModelSource, ShapeRange
 
 
 class Model(ModelOptions, frozen=True, forbid_unknown_fields=True):
@@ -20,7 +20,8 @@ class Model(ModelOptions, frozen=True, forbid_unknown_fields=True):
     Attributes:
         path: an ONNX file, or a TensorRT plan for a GPU.
         name: what clients call it; by default the file's stem.
-        shapes: item shapes, by input name, for inputs that the model leaves open.
+        shapes: item shapes, by input name, for inputs that the model leaves open; as those of `trtpool.Pool`, also
+            ranges, ``(3, (32, 640), (32, 640))``, and the largest items of outputs.
         slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer, weight: see
             `trtpool.ipc.settings.ModelOptions`.
 
@@ -29,7 +30,7 @@ class Model(ModelOptions, frozen=True, forbid_unknown_fields=True):
 
     path: str | os.PathLike[str]
     name: str = ""
-    shapes: dict[str, Shape] | None = None
+    shapes: dict[str, ShapeRange] | None = None
 
 
 AnyModel: TypeAlias = str | os.PathLike[str] | Model | Mapping[str, Any]
@@ -50,7 +51,7 @@ def model_source(text: str | os.PathLike[str]) -> ModelSource:
 
 def read_models(
     models: Sequence[AnyModel],
-) -> tuple[tuple[ModelSource, ...], dict[str, dict[str, Any]], dict[str, tuple[int, ...]]]:
+) -> tuple[tuple[ModelSource, ...], dict[str, dict[str, Any]], dict[str, ShapeRange]]:
     """Take models apart.
 
     Returns:
@@ -76,13 +77,13 @@ def read_models(
     return tuple(sources), options, shapes
 
 
-def _shapes_of(model: str, shapes: object) -> dict[str, tuple[int, ...]]:
+def _shapes_of(model: str, shapes: object) -> dict[str, ShapeRange]:
     try:
-        given = msgspec.convert(shapes, dict[str, Shape])
+        given = msgspec.convert(shapes, dict[str, ShapeRange])
     except msgspec.ValidationError as error:
         raise ConfigError(
             f"model {model!r}: shapes={shapes!r} is not possible: give item shapes by input name, such as "
-            "{'x': (3, 640, 640)}"
+            "{'x': (3, 640, 640)}, or {'x': (3, (32, 640), (32, 640))} where items differ"
         ) from error
     return {f"{model}:{key}": shape for key, shape in given.items()}
 

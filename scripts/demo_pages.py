@@ -17,7 +17,6 @@ Both are looked up as files and not imported: all that is wanted is the data in 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +26,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 from scipy import ndimage
 from scipy.spatial import ConvexHull
-
-from trtpool.ipc.errors import MissingExtra
+from scripts import packaged
 
 INSTALL = "scripts/demo"
 """The command that installs what the demo needs, and runs it."""
@@ -69,13 +67,7 @@ def packaged_file(package: str, inner: str) -> Path:
     Raises:
         MissingExtra: the package is not installed, or has no such file.
     """
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise MissingExtra(f"the package {package} is not installed; run: {INSTALL}")
-    path = Path(found.origin).parent / inner
-    if not path.is_file():
-        raise MissingExtra(f"the package {package} here has no {inner}; run: {INSTALL}")
-    return path
+    return packaged.packaged_file(package, inner, INSTALL)
 
 
 def model_file() -> Path:

@@ -215,10 +215,11 @@ class _Describer:
                 binding.bind_output(argument.name, "cpu")
             self._session.run_with_iobinding(binding)
         except Exception as error:
+            unknown = [one.name for one, sure in zip(self._session.get_outputs(), known, strict=True) if not sure]
             raise ModelError(
-                f"{self._file} does not tell its output shapes and fails on zeros in a batch of {items}, "
-                f"so they stay unknown: {one_line(error)}; export it with a dynamic batch axis, or give the largest "
-                "item of each output with --shape OUTPUT=..."
+                f"{self._file} does not tell its output shapes and fails on zeros{self._in_batch(items)}, so they stay "
+                f"unknown: {one_line(error)}; {'export it with a dynamic batch axis, or ' if self._batched else ''}"
+                f"give the largest item of each: {' '.join(f'--shape {name}=...' for name in unknown)}"
             ) from error
         shapes: list[tuple[int, ...] | None] = []
         arguments = self._session.get_outputs()
@@ -229,7 +230,7 @@ class _Describer:
             dims, shape = tuple(argument.shape), tuple(value.shape())
             shown = (
                 f"output {argument.name!r} of {self._file} is declared {_show(dims)} and had shape "
-                f"{shape} in a batch of {items}"
+                f"{shape}{self._in_batch(items)}"
             )
             if self._batched and shape[:1] != (items,):
                 raise ModelError(
@@ -241,6 +242,9 @@ class _Describer:
                 raise ModelError(f"{shown}: correct the declaration, which onnxruntime would hold it to")
             shapes.append(shape[1:] if self._batched else shape)
         return shapes
+
+    def _in_batch(self, items: int) -> str:
+        return f" in a batch of {items}" if self._batched else ""
 
     # ------------------------------------------------------------------ both
 

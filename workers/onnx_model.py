@@ -40,9 +40,9 @@ def load(path: Path, threads: int) -> Any:
             f"the CPU engine needs onnxruntime, which cannot be imported ({one_line(error)}); "
             "install it with: pip install 'trtpool[cpu]'"
         ) from error
-    ort.set_default_logger_severity(3)  # errors
+    ort.set_default_logger_severity(4)  # fatal: what it says of an error, we say in ours
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Workers share the CPUs: one that spins while it has no work takes them from one that has.

@@ -64,6 +64,7 @@ TWO = """\
     [models.rec]
     path = "rec.onnx"
     max-batch = 16
+    shape = { x = [3, 48, [32, 640]] }
 """
 
 
@@ -73,7 +74,7 @@ def test_models_with_settings_of_their_own(start, tmp_path):
     assert [settings.for_model(name).slots for name in ("det", "rec")] == [32, 64]
     assert [settings.for_model(name).max_batch for name in ("det", "rec")] == [0, 16]
     assert [settings.terms_of(name) for name in ("det", "rec")] == [ModelTerms(100, 0, 3), ModelTerms(100, 0, 1)]
-    assert settings.engine.shapes == {"det:x": (3, 640, 640)}
+    assert settings.engine.shapes == {"det:x": (3, 640, 640), "rec:x": (3, 48, (32, 640))}
 
 
 def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypatch):

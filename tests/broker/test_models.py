@@ -21,12 +21,12 @@ def settings(*models: Any, **options: Any) -> PoolSettings:
 
 @pytest.mark.parametrize("kind", [trtpool.Model, dict])
 def test_settings_of_one_model(kind):
-    det = kind(path=Path("/m/det.onnx"), slots=3, weight=2, shapes={"x": (3, 4)})
+    det = kind(path=Path("/m/det.onnx"), slots=3, weight=2, shapes={"x": (3, (4, 8))})
     chosen = settings(det, kind(path="/m/r.onnx", name="rec", max_batch=16), "/m/cls.onnx", slots=9, max_delay_us=7)
     assert [model.name for model in chosen.models] == ["det", "rec", "cls"]
     assert [chosen.for_model(name).slots for name in ("det", "rec", "cls")] == [3, 9, 9]
     assert chosen.terms_of("det") == ModelTerms(7, 0, 2)
-    assert [request.engine.shapes for request in requests(chosen)] == [{"x": (3, 4)}, {}, {}]
+    assert [request.engine.shapes for request in requests(chosen)] == [{"x": (3, (4, 8))}, {}, {}]
 
 
 def test_the_arena_is_laid_out_by_them():
@@ -48,6 +48,7 @@ def test_the_arena_is_laid_out_by_them():
         ({"path": "a", "name": 3}, "model a: its name must be a string, and is 3"),
         ({"path": "a", "shapes": 3}, "model 'a': shapes=3 is not possible: give item shapes by input name"),
         ({"path": "a", "shapes": {"x": (0,)}}, "shapes={'x': .*} is not possible"),
+        ({"path": "a", "shapes": {"x": (3, (1, 2, 3))}}, "is not possible: .* or {'x': .*} where items differ"),
         ({"path": "a", "max_batch": 1, "items_per_slot": 2}, "model 'a': --max-batch 1 is smaller than --items-per-sl"),
     ],
 )
