@@ -128,8 +128,8 @@ def _refuse_other_devices_options(settings: PoolSettings) -> None:
             raise ConfigError(f"{option} is for GPUs: name those to use, such as --gpus 0, or leave it out")
     if settings.build != BuildSettings():
         raise ConfigError(
-            "building a plan is for GPUs: name those to use, such as --gpus 0; for the CPU, change the ONNX file itself, "
-            "with trtpool build MODEL.onnx -o NEW.onnx and --normalize, --io or --fp16"
+            "building a plan is for GPUs: name those to use, such as --gpus 0; for the CPU, change the ONNX file, with "
+            "trtpool build MODEL.onnx -o NEW.onnx and --normalize, --io or --fp16"
         )
 
 
