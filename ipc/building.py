@@ -92,7 +92,7 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
         flavour, version: the TensorRT that built it; `ONNX` and the version of onnx for a changed ONNX file.
         gpu: the GPU that it was built on; "" if that was none.
         compute_capability: of the GPU that it was built for, such as "8.9".
-        options, shapes, max_batch: as in the request.
+        options, shapes, max_batch: as in the request, but that `options.normalize` names each input.
         tensors: the inputs, then the outputs.
         seconds: how long the build took.
         built: when it ended, in UTC, such as "2026-11-22T17:50:37Z".

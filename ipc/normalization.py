@@ -33,7 +33,8 @@ class Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     def __str__(self) -> str:
         mean, std = (" ".join(f"{number:g}" for number in numbers) for numbers in (self.mean, self.std))
-        return f"(pixel * {self.scale:.6g} - mean {mean}) / std {std}"
+        pixel = "pixel / 255" if self.scale == PIXEL_SCALE else f"pixel * {self.scale:g}"
+        return f"({pixel} - mean {mean}) / std {std}"
 
     @property
     def channels(self) -> int:

@@ -22,6 +22,28 @@ from .build_onnx import ELEM_NUMBERS, FLOATS, GraphTensor, import_onnx, inputs
 PIXELS: Final = "uint8"
 
 
+def resolve(model: Any, wanted: Mapping[str, Normalization]) -> dict[str, Normalization]:
+    """`wanted` with the name of each input.
+
+    Args:
+        model: an ``onnx.ModelProto``.
+        wanted: by input; ``""`` stands for the only one that can be an image.
+
+    Raises:
+        ConfigError: numbers that cannot be.
+        ModelError: an input that is not there, or takes integers.
+    """
+    found = inputs(model)
+    resolved: dict[str, Normalization] = {}
+    for given, normalization in wanted.items():
+        normalization.check()
+        name = _find(given, found).name
+        if name in resolved:
+            raise ModelError(f"--normalize is given twice for input {name!r}; give it once")
+        resolved[name] = normalization
+    return resolved
+
+
 def normalize_inputs(
     model: Any, wanted: Mapping[str, Normalization], dtypes: Mapping[str, str]
 ) -> dict[str, tuple[str, str]]:
@@ -29,32 +51,21 @@ def normalize_inputs(
 
     Args:
         model: an ``onnx.ModelProto``, changed in place; after `convert_to_float16`, to keep the arithmetic in float32.
-        wanted: by input; ``""`` stands for the only one that can be an image.
+        wanted: see `resolve`.
         dtypes: what inputs take where that is not uint8, by name, as NumPy calls it.
 
     Returns:
         What was changed: old and new dtype by input.
 
     Raises:
-        ConfigError: numbers that cannot be.
-        ModelError: an input that is not there, takes integers, or has another number of channels.
+        ConfigError, ModelError: see `resolve`; or an input has another number of channels.
     """
-    found = inputs(model)
     changed = {}
-    for name, normalization in wanted.items():
-        normalization.check()
-        tensor = _find(name, found)
-        if tensor.name in changed:
-            raise ModelError(f"--normalize is given twice for input {tensor.name!r}; give it once")
-        changed[tensor.name] = tensor.dtype, dtypes.get(tensor.name, PIXELS)
-        _insert(model.graph, tensor, normalization, changed[tensor.name][1])
+    for name, normalization in resolve(model, wanted).items():
+        tensor = next(tensor for tensor in inputs(model) if tensor.name == name)
+        changed[name] = tensor.dtype, dtypes.get(name, PIXELS)
+        _insert(model.graph, tensor, normalization, changed[name][1])
     return changed
-
-
-def normalized_names(model: Any, wanted: Mapping[str, Normalization]) -> set[str]:
-    """The inputs that `wanted` means.  Raises as `normalize_inputs` does."""
-    found = inputs(model)
-    return {_find(name, found).name for name in wanted}
 
 
 def _find(name: str, found: list[GraphTensor]) -> GraphTensor:

@@ -13,13 +13,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from trtpool import __version__
 from trtpool.ipc.building import BUILD_FORMAT, ONNX, BuildRequest, Line, PlanRecord, PlanTensor, Progress
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.settings import BuildSettings
 
 from . import build_onnx
-from .build_normalize import normalize_inputs, normalized_names
+from .build_normalize import normalize_inputs, resolve
 
 Say = Callable[[Line], None]
 
@@ -36,19 +38,16 @@ def change(model: Any, options: BuildSettings, say: Say, *, converted: bool) -> 
     Raises:
         ConfigError, ModelError: the model does not have what is to be changed.
     """
-    pixels = normalized_names(model, options.normalize)
+    pixels = resolve(model, options.normalize)
     changed = build_onnx.change_io(model, options.io, skip=pixels)
     if converted:
         say(Line(progress=Progress("converting to float16", 0, 0)))
         build_onnx.convert_to_float16(model)
     own = {name: build_onnx.io_dtype(word) for name, word in options.io.items() if name in pixels}
-    changed |= normalize_inputs(model, options.normalize, own)
+    changed |= normalize_inputs(model, pixels, own)
     for name, (old, new) in changed.items():
-        if name in pixels:
-            how = options.normalize.get(name) or options.normalize[""]
-            say(Line(said=f"{name}: {new} for {old}, normalised inside: {how}"))
-        else:
-            say(Line(said=f"{name}: {new} for {old}"))
+        inside = f", normalised inside: {pixels[name]}" if name in pixels else ""
+        say(Line(said=f"{name}: {new} for {old}{inside}"))
     return bool(changed) or converted
 
 
@@ -66,6 +65,7 @@ def rewrite(request: BuildRequest, say: Say) -> PlanRecord:
     say(Line(progress=Progress("reading the model", 0, 0)))
     model = build_onnx.load(path, types=options.fp16)
     digest = build_onnx.digest(path, build_onnx.load(path, weights=False))
+    resolved = msgspec.structs.replace(options, normalize=resolve(model, options.normalize))
     if not change(model, options, say, converted=options.fp16):
         raise ModelError(f"{path} would stay as it is; say what to change: --normalize, --io or --fp16")
     try:
@@ -82,7 +82,7 @@ def rewrite(request: BuildRequest, say: Say) -> PlanRecord:
         version=build_onnx.import_onnx().__version__,
         gpu="",
         compute_capability="",
-        options=options,
+        options=resolved,
         shapes={},
         max_batch=request.max_batch,
         tensors=tuple(

@@ -27,6 +27,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
+
 from trtpool import __version__
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.building import BUILD_FORMAT, Builder, BuildRequest, Line, PlanRecord, PlanTensor, Progress
@@ -34,6 +36,7 @@ from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, Mod
 from trtpool.ipc.settings import BuildSettings, Profile
 
 from . import build_onnx
+from .build_normalize import resolve
 from .build_rewrite import Say, change
 from .devices import look
 from .flavours import Flavour, load_flavour, logger, take_errors
@@ -83,6 +86,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
     model = build_onnx.load(path, weights=False)
     digest = build_onnx.digest(path, model)
     given = build_onnx.inputs(model)
+    resolved = msgspec.structs.replace(request.build, normalize=resolve(model, request.build.normalize))
     profiles = build_onnx.make_profiles(given, request.build.profiles, request.shapes, request.max_batch)
     flavour = load_flavour(request.flavour, build=True)
     target = _find_target(flavour, request.build.compute_capability)
@@ -110,7 +114,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
         version=_dotted(flavour),
         gpu=target.gpu,
         compute_capability=target.compute_capability,
-        options=request.build,
+        options=resolved,
         shapes=request.shapes,
         max_batch=request.max_batch,
         tensors=tensors,
