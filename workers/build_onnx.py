@@ -186,7 +186,8 @@ def outputs(model: Any) -> list[GraphTensor]:
 
 def _describe(value: Any) -> GraphTensor:
     kind = value.type.tensor_type
-    dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    # Some exporters (Paddle's) write -1 for an open axis.
+    dims = tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in kind.shape.dim)
     return GraphTensor(value.name, _ELEM_TYPES.get(kind.elem_type, ""), dims)
 
 
