@@ -31,7 +31,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.building import BUILD_FORMAT, RECORD_SUFFIX, Builder, BuildRequest, Line, PlanRecord
+from trtpool.ipc.building import BUILD_FORMAT, RECORD_SUFFIX, WEIGHTS_SUFFIX, Builder, BuildRequest, Line, PlanRecord
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.settings import DEFAULT_BUILD_BATCH, BuildSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings
@@ -95,15 +95,19 @@ def build_plan(
         ModelError: TensorRT does not take the model, or crashed on it.
         MissingExtra, DeviceUnavailable, ConfigError: see `trtpool.workers.builder.build`.
     """
-    output, made = Path(request.output), work / "model.plan"
+    output = Path(request.output)
+    made = work / (output.name if request.onnx else "model.plan")  # an ONNX file names the one that has its weights
     with _written(work.parent):
         shutil.rmtree(work, ignore_errors=True)  # a killed build's
         work.mkdir(mode=0o700)
     try:
         record = _run(msgspec.structs.replace(request, output=os.fspath(made)), env, show, waiting).built
         assert record is not None
-        made_record = work / f"model.plan{RECORD_SUFFIX}"
+        made_record = work / f"{made.name}{RECORD_SUFFIX}"
+        made_weights = work / f"{made.name}{WEIGHTS_SUFFIX}"
         with _written(output.parent):
+            if made_weights.exists():
+                made_weights.replace(output.with_name(made_weights.name))
             made_record.write_bytes(msgspec.json.format(msgspec.json.encode(record)) + b"\n")
             made.replace(output)
             made_record.replace(record_of(output))
@@ -320,8 +324,12 @@ def split_by_model(build: BuildSettings, models: Sequence[str]) -> list[BuildSet
         ConfigError: a tensor of no model, or of which one is not said.
     """
     ios = _split("--io", build.io, models)
+    normalize = _split("--normalize", build.normalize, models)
     profiles = _split("--shapes", build.profiles, models)
-    return [msgspec.structs.replace(build, io=io, profiles=own) for io, own in zip(ios, profiles, strict=True)]
+    return [
+        msgspec.structs.replace(build, io=io, normalize=pixels, profiles=own)
+        for io, pixels, own in zip(ios, normalize, profiles, strict=True)
+    ]
 
 
 def _split(option: str, named: Mapping[str, T], models: Sequence[str]) -> list[dict[str, T]]:

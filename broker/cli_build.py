@@ -22,11 +22,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.building import BuildRequest, Line
 from trtpool.ipc.errors import ConfigError, ModelError
+from trtpool.ipc.normalization import PIXEL_SCALE, Normalization
 from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
 
 from .building import build_plan, cache_root
 from .cli_options import add_options
 from .gpus import gpu_list
+from .jobs.images import NORMS
 from .planning import child_environment, is_plan
 
 IO_DTYPES: Final = ("fp32", "fp16", "uint8", "int8")
@@ -48,6 +50,52 @@ def _parse_io(_ctx: click.Context, _parameter: click.Parameter, values: Sequence
             raise click.BadParameter(f"{value!r} is not one of {', '.join(IO_DTYPES)}, or TENSOR= and one of them")
         wanted[name] = dtype
     return wanted
+
+
+def parse_normalize(
+    _ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]
+) -> dict[str, Normalization]:
+    """``[INPUT=]mean=0.485,0.456,0.406,std=0.229,0.224,0.225[,scale=1]``, or one of `NORMS`, again and again."""
+    wanted = {}
+    for value in values:
+        name, _, word = value.rpartition("=")
+        if word in NORMS:
+            mean, std = (numbers if len(set(numbers)) > 1 else numbers[:1] for numbers in NORMS[word])
+            normalization = Normalization(mean=mean, std=std)
+        else:
+            name, normalization = _parse_numbers(value)
+        try:
+            normalization.check()
+        except ConfigError as error:
+            raise click.BadParameter(str(error)) from error
+        wanted[name] = normalization
+    return wanted
+
+
+def _parse_numbers(value: str) -> tuple[str, Normalization]:
+    match = re.fullmatch(r"(?:(.*?)=)??((?:mean|std|scale)=.*)", value)
+    numbers: dict[str, tuple[float, ...]] = {}
+    try:
+        for part in re.split(r",(?=(?:mean|std|scale)=)", match[2] if match else ""):
+            key, _, words = part.partition("=")
+            if key in numbers:
+                raise ValueError(part)
+            numbers[key] = tuple(map(_number, words.split(",")))
+        scale = numbers.pop("scale", (PIXEL_SCALE,))
+        if match is None or not numbers or len(scale) != 1:
+            raise ValueError(value)
+    except (ValueError, ZeroDivisionError) as error:
+        raise click.BadParameter(
+            f"{value!r} is not [INPUT=]mean=0.485,0.456,0.406,std=0.229,0.224,0.225, with scale=1 behind it if these "
+            f"are for pixels of 0 to 255, nor one of {', '.join(NORMS)}"
+        ) from error
+    return match[1] or "", Normalization(**numbers, scale=scale[0])
+
+
+def _number(text: str) -> float:
+    """``0.5``, or ``1/255``."""
+    above, slash, below = text.partition("/")
+    return float(above) / float(below) if slash else float(above)
 
 
 def _parse_profiles(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, Profile]:
@@ -97,6 +145,15 @@ _OPTIONS: Final = (
         "all such inputs).  Again for each.",
     ),
     click.option(
+        "--normalize",
+        multiple=True,
+        callback=parse_normalize,
+        metavar="[INPUT=]mean=M,M,M,std=S,S,S",
+        help="Let an input take uint8 pixels, and normalise them inside the network: (pixel / 255 - mean) / std, one "
+        "number or one for each channel; with scale=1 behind, for means of 0 to 255, without the division.  Or one of "
+        f"{', '.join(NORMS)}.  Again for each.",
+    ),
+    click.option(
         "--shapes",
         "profiles",
         multiple=True,
@@ -123,11 +180,14 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         *arguments: Any,
         fp16: bool,
         io: dict[str, str],
+        normalize: dict[str, Normalization],
         profiles: dict[str, Profile],
         workspace_bytes: int,
         **others: Any,
     ) -> Any:
-        settings = BuildSettings(fp16=fp16, io=io, profiles=profiles, workspace_bytes=workspace_bytes)
+        settings = BuildSettings(
+            fp16=fp16, io=io, normalize=normalize, profiles=profiles, workspace_bytes=workspace_bytes
+        )
         return command(*arguments, build=settings, **others)
 
     return add_options(_OPTIONS)(with_settings)
@@ -143,7 +203,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--output",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="The plan to write [default: MODEL.plan beside the model].",
+    help="The plan to write [default: MODEL.plan beside the model]; or, if it ends in .onnx, the changed ONNX file.",
 )
 @build_options
 @click.option(
@@ -169,13 +229,16 @@ def build(
     """Build an ONNX file into a TensorRT plan for the GPU of this machine.
 
     Beside the plan, FILE.json records how it was built.  A plan runs on that kind of GPU, with that version of
-    TensorRT.
+    TensorRT.  With -o FILE.onnx no plan is built: the model is written as --normalize, --io and --fp16 change it,
+    for a pool on the CPU, or for other tools.
 
     \b
     Examples:
       trtpool build resnet50.onnx -o resnet50.plan --fp16
       trtpool build resnet50.onnx --fp16 --io uint8 --shapes images=1:32:64
       trtpool build resnet50.onnx --io images=uint8 --io logits=fp16
+      trtpool build resnet50.onnx --normalize mean=0.485,0.456,0.406,std=0.229,0.224,0.225
+      trtpool build resnet50.onnx -o resnet50-pixels.onnx --normalize imagenet
       trtpool build det.onnx --shapes x=1x3x640x640:4x3x640x640:8x3x1280x1280
       trtpool build det.onnx --flavour rtx --compute-capability 8.9
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
@@ -185,18 +248,31 @@ def build(
         raise ModelError(f"{source} is a plan already; name the ONNX file")
     if target == source or target.is_dir():
         raise ConfigError(f"the plan cannot be written to {target}; name a file of its own with -o, such as model.plan")
+    onnx = target.suffix == ".onnx"
+    if onnx:
+        for option, given in (
+            ("--shapes", build.profiles),
+            ("--workspace", build.workspace_bytes),
+            ("--flavour", flavour),
+            ("--compute-capability", compute_capability),
+            ("--gpu", gpu),
+        ):
+            if given:
+                raise ConfigError(f"{option} is for a plan, and {target.name} is an ONNX file; leave it out")
     request = BuildRequest(
         source=ModelSource(os.fspath(source), source.stem),
         flavour=flavour or "",
         build=msgspec.structs.replace(build, compute_capability=compute_capability),
         output=os.fspath(target),
-        timing_cache=_timing_cache(),
+        timing_cache="" if onnx else _timing_cache(),
+        onnx=onnx,
     )
     env = child_environment(gpu_list(gpu)[0] if gpu else None)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     with _stoppable(), _bar(console) if console.is_terminal else nullcontext(_Lines(console)) as show:
         record = build_plan(request, target.parent / f".{target.name}.{os.getpid()}", env, show)
-    click.echo(f"{target}: {format_bytes(record.plan_bytes)}, built in {record.seconds:.1f} s")
+    how = "written" if onnx else "built"
+    click.echo(f"{target}: {format_bytes(record.plan_bytes)}, {how} in {record.seconds:.1f} s")
 
 
 def _timing_cache() -> str:

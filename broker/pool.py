@@ -123,10 +123,14 @@ def _refuse_other_devices_options(settings: PoolSettings) -> None:
         ("--flavour", engine.flavour != default.flavour),
         ("--no-graphs", not engine.graphs),
         ("--allow-host-code", engine.host_code),
-        ("building a plan", settings.build != BuildSettings()),
     ):
         if is_given:
             raise ConfigError(f"{option} is for GPUs: name those to use, such as --gpus 0, or leave it out")
+    if settings.build != BuildSettings():
+        raise ConfigError(
+            "building a plan is for GPUs: name those to use, such as --gpus 0; for the CPU, change the ONNX file, with "
+            "trtpool build MODEL.onnx -o NEW.onnx and --normalize, --io or --fp16"
+        )
 
 
 class Pool(Client):

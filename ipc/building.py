@@ -19,6 +19,13 @@ RECORD_SUFFIX: Final = ".json"
 """The record of ``model.plan`` is ``model.plan.json``."""
 
 
+WEIGHTS_SUFFIX: Final = ".weights"
+"""The weights of a large ``model.onnx`` that was written are in ``model.onnx.weights``."""
+
+ONNX: Final = "onnx"
+"""The flavour of a changed ONNX file that was written out, in its record."""
+
+
 class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Standard input of `python -m trtpool.workers.build`, as JSON.
 
@@ -31,6 +38,7 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         output: the file to write, absolute, in a folder that is the builder's alone; empty: build nothing, only say
             who would.
         timing_cache: a folder for TensorRT's timings, which make the next build faster; empty: keep none.
+        onnx: write the changed ONNX file, and no plan.
     """
 
     source: ModelSource
@@ -40,6 +48,7 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_batch: int = DEFAULT_BUILD_BATCH
     output: str = ""
     timing_cache: str = ""
+    onnx: bool = False
 
 
 class Builder(msgspec.Struct, frozen=True):
@@ -80,10 +89,10 @@ class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):
         trtpool: the version of this package.
         source: the ONNX file, absolute.
         source_sha256: see `Builder`.
-        flavour, version: the TensorRT that built it.
+        flavour, version: the TensorRT that built it; `ONNX` and the version of onnx for a changed ONNX file.
         gpu: the GPU that it was built on; "" if that was none.
         compute_capability: of the GPU that it was built for, such as "8.9".
-        options, shapes, max_batch: as in the request.
+        options, shapes, max_batch: as in the request, but that `options.normalize` names each input.
         tensors: the inputs, then the outputs.
         seconds: how long the build took.
         built: when it ended, in UTC, such as "2026-11-22T17:50:37Z".

@@ -12,6 +12,7 @@ import msgspec
 
 from .errors import ConfigError
 from .layout import Layout
+from .normalization import Normalization
 
 PROTOCOL_VERSION: Final = 4
 """Rises with every change to a message, to the description or to the order they come in."""
@@ -105,6 +106,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     Attributes:
         fp16: let layers run in float16.
         io: dtype of inputs and outputs, by tensor name; ``""`` stands for all of them.
+        normalize: by input name, what is done to pixels inside the network; ``""`` stands for its only image.
         profiles: shapes by input name; by default the model's own, with batches of 1 to `DEFAULT_BUILD_BATCH`.
         workspace_bytes: the most scratch memory a layer may take; 0: TensorRT's own limit.
         compute_capability: target GPU, such as "8.9", of a build with no GPU ("rtx" only); empty: the GPU in use.
@@ -112,6 +114,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     fp16: bool = False
     io: dict[str, str] = {}
+    normalize: dict[str, Normalization] = {}
     profiles: dict[str, Profile] = {}
     workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
     compute_capability: Annotated[str, msgspec.Meta(pattern=r"^(|[0-9]{1,2}\.[0-9])\Z")] = ""

@@ -29,7 +29,8 @@ from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.process import only_answer, tie_to_parent
 from trtpool.ipc.settings import Refusal
 
-from .builder import Say, build, describe
+from .build_rewrite import Say, rewrite
+from .builder import build, describe
 
 
 def answer(request: bytes, say: Say) -> Line:
@@ -39,7 +40,9 @@ def answer(request: bytes, say: Say) -> Line:
             asked = msgspec.json.decode(request, type=BuildRequest)
         except msgspec.DecodeError as error:
             raise ProtocolError(f"not a BuildRequest: {error}") from error
-        return Line(built=build(asked, say)) if asked.output else Line(builder=describe(asked))
+        if not asked.output:
+            return Line(builder=describe(asked))
+        return Line(built=(rewrite if asked.onnx else build)(asked, say))
     except TrtpoolError as error:
         return Line(refusal=Refusal(type(error).__name__, str(error)))
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from trtpool.ipc.building import WEIGHTS_SUFFIX
 from trtpool.ipc.errors import ConfigError, MissingExtra, ModelError
 from trtpool.ipc.settings import Profile, ShapeRange
 
@@ -36,8 +37,8 @@ _ELEM_TYPES: Final = {1: "float32", 2: "uint8", 3: "int8", 4: "uint16", 5: "int1
                       10: "float16", 11: "float64", 12: "uint32", 13: "uint64"}  # fmt: skip
 """TensorProto.DataType as NumPy calls it: part of the format, so they never change."""
 
-_ELEM_NUMBERS: Final = {name: number for number, name in _ELEM_TYPES.items()}
-_FLOATS: Final = ("float16", "float32", "float64")
+ELEM_NUMBERS: Final = {name: number for number, name in _ELEM_TYPES.items()}
+FLOATS: Final = ("float16", "float32", "float64")
 
 
 class GraphTensor(NamedTuple):
@@ -140,7 +141,7 @@ def save(model: Any, path: Path) -> None:
         size = model.ByteSize()
     except Exception:  # noqa: BLE001  # protobuf's own error, beyond 2 GiB
         size = MAX_FILE_BYTES + 1
-    large = {"save_as_external_data": True, "location": f"{path.name}.weights"} if size > MAX_FILE_BYTES else {}
+    large = {"save_as_external_data": True, "location": f"{path.name}{WEIGHTS_SUFFIX}"} if size > MAX_FILE_BYTES else {}
     _import("onnx").save_model(model, os.fspath(path), **large)
 
 
@@ -152,6 +153,11 @@ def _check_weights(path: Path, model: Any) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def import_onnx() -> Any:
+    """The package onnx.  Raises `MissingExtra` if it is not installed."""
+    return _import("onnx")
 
 
 def _import(name: str) -> Any:
@@ -180,17 +186,19 @@ def outputs(model: Any) -> list[GraphTensor]:
 
 def _describe(value: Any) -> GraphTensor:
     kind = value.type.tensor_type
-    dims = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim)
+    # Some exporters (Paddle's) write -1 for an open axis.
+    dims = tuple(dim.dim_value if dim.HasField("dim_value") and dim.dim_value >= 0 else None for dim in kind.shape.dim)
     return GraphTensor(value.name, _ELEM_TYPES.get(kind.elem_type, ""), dims)
 
 
-def change_io(model: Any, wanted: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def change_io(model: Any, wanted: Mapping[str, str], skip: Collection[str] = ()) -> dict[str, tuple[str, str]]:
     """Give inputs and outputs of `model` other dtypes, with a Cast behind each input and before each output.
 
     Args:
         model: changed in place.
         wanted: dtype by tensor name, in the words of `IO_DTYPES`.  ``""`` stands for all inputs and outputs of a
             floating-point dtype, and for inputs alone if the dtype is an integer.
+        skip: inputs that stay as they are.
 
     Returns:
         What was changed: old and new dtype by tensor name.
@@ -200,7 +208,7 @@ def change_io(model: Any, wanted: Mapping[str, str]) -> dict[str, tuple[str, str
         ModelError: a name that the model does not have, or a tensor that has no number for elements.
     """
     onnx = _import("onnx")
-    goals = {name: _io_dtype(dtype) for name, dtype in wanted.items()}
+    goals = {name: io_dtype(dtype) for name, dtype in wanted.items()}
     ins, outs = inputs(model), outputs(model)
     unknown = goals.keys() - {tensor.name for tensor in ins + outs} - {""}
     if unknown:
@@ -211,20 +219,21 @@ def change_io(model: Any, wanted: Mapping[str, str]) -> dict[str, tuple[str, str
     changed = {}
     for tensor, is_input in [*((tensor, True) for tensor in ins), *((tensor, False) for tensor in outs)]:
         goal = goals.get(tensor.name) or _goal_for_all(goals.get("", ""), tensor, is_input=is_input)
-        if goal in ("", tensor.dtype):
+        if goal in ("", tensor.dtype) or (is_input and tensor.name in skip):
             continue
         if tensor.dtype in ("", "bool"):
             raise ModelError(f"--io {tensor.name}: the model's tensor is no number, so its dtype cannot be changed")
         inner = f"{tensor.name}_{tensor.dtype}"
         while inner in names(model.graph):
             inner += "_"
-        dtypes = _ELEM_NUMBERS[tensor.dtype], _ELEM_NUMBERS[goal]
+        dtypes = ELEM_NUMBERS[tensor.dtype], ELEM_NUMBERS[goal]
         insert_cast(onnx, model.graph, tensor.name, inner, dtypes, is_input=is_input)
         changed[tensor.name] = (tensor.dtype, goal)
     return changed
 
 
-def _io_dtype(word: str) -> str:
+def io_dtype(word: str) -> str:
+    """NumPy's name of a dtype in the words of `IO_DTYPES`.  Raises `ConfigError` if it is none of them."""
     dtype = IO_DTYPES.get(word)
     if dtype is None:
         raise ConfigError(f"--io {word}: choose one of fp32, fp16, uint8 and int8")
@@ -233,7 +242,7 @@ def _io_dtype(word: str) -> str:
 
 def _goal_for_all(goal: str, tensor: GraphTensor, *, is_input: bool) -> str:
     """The dtype that `tensor` gets from an option for all tensors."""
-    return goal if tensor.dtype in _FLOATS and (is_input or goal in _FLOATS) else ""
+    return goal if tensor.dtype in FLOATS and (is_input or goal in FLOATS) else ""
 
 
 def convert_to_float16(model: Any) -> None:

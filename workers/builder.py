@@ -22,10 +22,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 from trtpool import __version__
 from trtpool.ipc.arena import format_bytes
@@ -34,6 +36,8 @@ from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, Mod
 from trtpool.ipc.settings import BuildSettings, Profile
 
 from . import build_onnx
+from .build_normalize import resolve
+from .build_rewrite import Say, change
 from .devices import look
 from .flavours import Flavour, load_flavour, logger, take_errors
 
@@ -44,8 +48,6 @@ DTYPES: Final = {
     "INT64": "int64", "BOOL": "bool",
 }  # fmt: skip
 """TensorRT's names of dtypes, and NumPy's."""
-
-Say = Callable[[Line], None]
 
 
 class Target(NamedTuple):
@@ -84,6 +86,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
     model = build_onnx.load(path, weights=False)
     digest = build_onnx.digest(path, model)
     given = build_onnx.inputs(model)
+    resolved = msgspec.structs.replace(request.build, normalize=resolve(model, request.build.normalize))
     profiles = build_onnx.make_profiles(given, request.build.profiles, request.shapes, request.max_batch)
     flavour = load_flavour(request.flavour, build=True)
     target = _find_target(flavour, request.build.compute_capability)
@@ -111,7 +114,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
         version=_dotted(flavour),
         gpu=target.gpu,
         compute_capability=target.compute_capability,
-        options=request.build,
+        options=resolved,
         shapes=request.shapes,
         max_batch=request.max_batch,
         tensors=tensors,
@@ -147,19 +150,13 @@ def _prepare(request: BuildRequest, flavour: Flavour, model: Any, say: Say) -> t
     path, output = Path(request.source.path), Path(request.output)
     options = request.build
     converted = options.fp16 and _is_strongly_typed(flavour.module, fp16=True)
-    changed = {}
-    if options.io or converted:
-        model = build_onnx.load(path, types=converted)
-        _check_int8(options, flavour, path, model)
-        changed = build_onnx.change_io(model, options.io)
-    if converted:
-        say(Line(progress=Progress("converting to float16", 0, 0)))
-        build_onnx.convert_to_float16(model)
     how = "float16 where it pays" if options.fp16 and not converted else "float16" if converted else "as in the file"
     say(Line(said=f"precision: {how}"))
-    for name, (old, new) in changed.items():
-        say(Line(said=f"{name}: {new} for {old}"))
-    if not changed and not converted:
+    if not (options.io or options.normalize or converted):
+        return path, model
+    model = build_onnx.load(path, types=converted)
+    _check_int8(options, flavour, path, model)
+    if not change(model, options, say, converted=converted):
         return path, model
     file = output.with_name("changed.onnx")
     build_onnx.save(model, file)

@@ -104,7 +104,7 @@ class BuiltInDecoder:
             self._write(spec, values[spec.name], inputs[spec.name])
 
     def _write(self, spec: TensorSpec, value: Any, out: npt.NDArray[Any]) -> None:
-        if isinstance(value, np.ndarray) and not self._is_picture(spec, value):
+        if isinstance(value, np.ndarray) and not is_picture(spec, value):
             if value.shape != spec.shape and value.size == out.size and value.ndim == 1:
                 value = value.reshape(spec.shape)  # a list column has lost the shape
             if value.shape != spec.shape:
@@ -119,11 +119,11 @@ class BuiltInDecoder:
             self._image = ImageWriter(spec, self._options)
         self._image.write(value, out)
 
-    @staticmethod
-    def _is_picture(spec: TensorSpec, value: npt.NDArray[Any]) -> bool:
-        """Whether an array is decoded pixels that must still be fitted."""
-        pixels = value.dtype == np.uint8 and (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3)))
-        return pixels and value.shape != spec.shape and image_layout(spec) is not None
+
+def is_picture(spec: TensorSpec, value: npt.NDArray[Any]) -> bool:
+    """Whether an array is decoded pixels that must still be fitted into an input."""
+    pixels = value.dtype == np.uint8 and (value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3)))
+    return pixels and value.shape != spec.shape and image_layout(spec) is not None
 
 
 # ---------------------------------------------------------------------------------- afterwards

@@ -13,6 +13,7 @@ import pytest
 from trtpool.broker import cli, cli_build, supervisor
 from trtpool.ipc import errors
 from trtpool.ipc.building import BUILD_FORMAT, BuildRequest, Line, PlanRecord, Progress
+from trtpool.ipc.normalization import Normalization
 from trtpool.ipc.settings import BuildSettings, PoolSettings, Profile
 
 Run = Callable[..., int]
@@ -99,6 +100,43 @@ def test_shapes(word, name, profile, run, built):
 
 
 @pytest.mark.parametrize(
+    ("word", "name", "normalize"),
+    [
+        (
+            "x=mean=0.485,0.456,0.406,std=0.229,0.224,0.225", "x",
+            Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        ),
+        ("mean=0.5", "", Normalization(mean=(0.5,))),
+        ("m:a=b=std=2,4,8,mean=1,2,3", "m:a=b", Normalization(mean=(1, 2, 3), std=(2, 4, 8))),
+        ("mean=127.5,std=127.5,scale=1", "", Normalization(mean=(127.5,), std=(127.5,), scale=1.0)),
+        ("mean=0,scale=1/510", "", Normalization(scale=1 / 510)),
+        ("x=imagenet", "x", Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))),
+        ("unit", "", Normalization()),
+        ("none", "", Normalization(std=(1 / 255,))),
+    ],
+)  # fmt: skip
+def test_normalisation(word, name, normalize, run, built):
+    assert run("det.onnx", "--normalize", word) == 0
+    assert built[0][0].build.normalize == {name: normalize}
+
+
+def test_an_output_that_ends_in_onnx_is_the_changed_model(run, built, capsys):
+    assert run("det.onnx", "-o", "new.onnx", "--normalize=unit") == 0
+    ((request, _),) = built
+    assert (request.onnx, Path(request.output).name, request.timing_cache) == (True, "new.onnx", "")
+    assert "new.onnx: 3.0 MiB, written in 12.3 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "word", ["--shapes=x=1", "--workspace=1GiB", "--flavour=rtx", "--compute-capability=8.9", "--gpu=0"]
+)
+def test_what_is_for_plans_is_refused_for_onnx_files(word, run, built, capsys):
+    assert run("det.onnx", "-o", "new.onnx", "--normalize=unit", word) == errors.ConfigError.exit_code
+    assert f"{word.split('=')[0]} is for a plan, and new.onnx is an ONNX file" in capsys.readouterr().err
+    assert not built
+
+
+@pytest.mark.parametrize(
     ("text", "count"), [("4GiB", 4 << 30), ("512MB", 512 << 20), ("1k", 1024), ("77", 77), ("2 TiB", 2 << 40)]
 )
 def test_sizes(text, count, run, built):
@@ -112,7 +150,10 @@ def test_sizes(text, count, run, built):
         "--io=bf16", "--io=x=", "--io=x=fp64", "--shapes=1x3:2x3:4x3", "--shapes=x=1:2", "--shapes=x=1x2:2:4",
         "--shapes=x=", "--shapes=x=0", "--shapes=x=1xa", "--shapes=x=1x2,3", "--workspace=0", "--workspace=4QB",
         "--workspace=-1", "--workspace=9999999TiB", "--compute-capability=89", "--compute-capability=sm89",
-        "--flavour=lean",
+        "--flavour=lean", "--normalize=x", "--normalize=x=mean=", "--normalize=mean=1,mean=2",
+        "--normalize=mean=0.5std=2",
+        "--normalize=scale=1", "--normalize=mean=0,scale=1,2", "--normalize=std=0", "--normalize=mean=1,2,std=1,2,3",
+        "--normalize=mean=0,scale=1/0", "--normalize=mean=nan",
     ],
 )  # fmt: skip
 def test_what_it_does_not_understand_is_one_line(word, run, built, capsys):

@@ -14,6 +14,7 @@ import pytest
 from tests.broker.test_cli import Run, only_line, run, started
 from trtpool.broker import cli, config_file
 from trtpool.ipc.errors import ConfigError
+from trtpool.ipc.normalization import Normalization
 from trtpool.ipc.settings import BuildSettings, EngineSettings, ModelSource, ModelTerms, PoolSettings, Profile
 
 __all__ = ["run", "started"]  # fixtures
@@ -113,6 +114,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
         [models.det]
         path = "det.onnx"
         io = { x = "uint8" }
+        normalize = { x = "mean=0.5,std=0.25" }
         shapes = { x = "1:32:64" }
         """
     )
@@ -130,12 +132,16 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
     assert (settings.max_slots_per_producer, settings.items_per_slot) == (9, 2)
     profiles = {"det:x": Profile((1,), (32,), (64,))}
     assert settings.build == BuildSettings(
-        fp16=True, io={"": "fp16", "det:x": "uint8"}, profiles=profiles, workspace_bytes=4 << 30
+        fp16=True,
+        io={"": "fp16", "det:x": "uint8"},
+        normalize={"det:x": Normalization(mean=(0.5,), std=(0.25,))},
+        profiles=profiles,
+        workspace_bytes=4 << 30,
     )
     # The rest are for the CPU; were there an option that this test forgot, it would not be said here.
     said = set(config_file.options_of(cli.start)) - {"workers", "threads"}
     inside = {"shape", "slots", "max-batch", "max-delay-us", "weight"}  # in the test before
-    assert len(said - inside) == 29
+    assert len(said - inside) == 30
 
 
 def test_a_file_for_the_cpu(start):

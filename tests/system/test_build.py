@@ -112,6 +112,22 @@ def test_refusals_are_one_line_and_their_code(model, words, error, text, rtx, tm
     assert [entry.name for entry in tmp_path.iterdir()] == ([path.name] if model else [])
 
 
+def test_a_changed_onnx_file_is_served_on_the_cpu(run_dir, tmp_path):
+    model = save("g (float[N,3,4,4] x) => (float[N,3,4,4] y) { y = Neg(x) }", tmp_path)
+    changed = tmp_path / "pixels.onnx"
+    ended = build(model, "-o", changed, "--normalize=mean=0.5,0.25,0.125,std=0.5", "--io=y=fp16")
+    assert ended.returncode == 0, ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "pixels.onnx", "pixels.onnx.json"]
+    with StartedPool(changed, run_dir=run_dir) as pool:
+        pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 4, 4), np.uint8)
+        with pool.connect() as client:
+            answer = client.infer(x=pixels)["y"]
+        pool.stop()
+    wanted = -(pixels / 255 - np.reshape((0.5, 0.25, 0.125), (3, 1, 1))) / 0.5
+    assert answer.dtype == np.float16
+    np.testing.assert_allclose(answer, wanted, atol=1e-3)
+
+
 # --- In small ------------------------------------------------------------------------------------
 
 

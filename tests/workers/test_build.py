@@ -16,6 +16,7 @@ from tests.models import ADD, BAD_MODELS, MODELS, OPEN_ITEM, save
 from tests.workers import fake_bindings
 from tests.workers.fake_builder import make_package
 from trtpool.ipc.building import BuildRequest, Line
+from trtpool.ipc.normalization import Normalization
 from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
 from trtpool.workers.build import answer
 
@@ -129,6 +130,16 @@ def test_dtypes_of_inputs_and_outputs(io, fp16, rtx, tmp_path):
     record = build(save(MODELS["mlp"].model, tmp_path), fp16=fp16, io={"": io})[-1].built
     dtype = {"fp32": "float32", "fp16": "float16"}.get(io, io)
     assert [tensor.dtype for tensor in record.tensors] == [dtype, "float16" if io == "fp16" else "float32"]
+
+
+@pytest.mark.parametrize("fp16", [False, True], ids=["fp32", "fp16"])
+def test_pixels_are_normalised_in_the_plan(fp16, rtx, tmp_path):
+    path = save("g (float[N,3,8,8] x) => (float[N,3,8,8] y) { y = Neg(x) }", tmp_path)
+    how = Normalization(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    lines = build(path, fp16=fp16, normalize={"x": how})
+    assert [tensor.dtype for tensor in lines[-1].built.tensors] == ["uint8", "float32"]
+    assert lines[-1].built.options.normalize == {"x": how}
+    assert f"x: uint8 for float32, normalised inside: {how}" in [line.said for line in lines]
 
 
 def test_float16_makes_a_smaller_plan(rtx, tmp_path):

@@ -156,6 +156,12 @@ def test_which_tensors_get_which_dtype(wanted, expected):
     assert changed == {name: ("float32", to) for name, to in dtypes(model).items() if to != "float32"}
 
 
+def test_an_axis_of_minus_one_is_open():
+    model = parse(ADD)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    assert build_onnx.inputs(model)[0].dims == (None, 3)
+
+
 def test_an_option_for_all_leaves_integers_alone():
     model = parse("g (int64[N] i, float[N] x) => (int64[N] j, float[N] y) { j = Neg(i) y = Neg(x) }")
     change_io(model, {"": "fp16"})
