@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `run`, `status`, `top`, `stop`, `doctor`.
+"""The command line: `trtpool start`, `build`, `run`, `profile`, `status`, `top`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -73,13 +73,17 @@ class _Group(click.Group):
         super().format_epilog(ctx, formatter)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "run"])
+        return sorted([*super().list_commands(ctx), "run", "profile"])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "run":  # imported here, so that the others stay quick
             from .jobs.command import run
 
             return run
+        if cmd_name == "profile":
+            from .profiling.command import profile
+
+            return profile
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -115,6 +119,7 @@ def cli() -> None:
       trtpool start det=a.onnx cls=b.onnx --name ocr --slots det=32 --slots cls=512 --weight det=3
       trtpool start --config pool.toml
       trtpool run det.onnx --input 'pages/*.png' --output out.parquet
+      trtpool profile det.onnx --batch 1,8,32
       trtpool status --json
       trtpool top --name ocr
       trtpool stop --name ocr
