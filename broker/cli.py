@@ -44,7 +44,7 @@ from .view import show_report
 
 _CODES: Final = (
     (0, "all went well; a pool drained and ended"),
-    (1, "a pool was stopped with work in flight, a build or a job was stopped, or the doctor found a problem"),
+    (1, "a pool was stopped with work in flight, a build, profile or job was stopped, or the doctor found a problem"),
     (2, "the command line cannot be understood"),
     (errors.ConfigError.exit_code, "an option is not possible"),
     (errors.ModelError.exit_code, "a model file cannot be served as it is"),

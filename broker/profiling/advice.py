@@ -183,6 +183,8 @@ def _warnings(measured: Measured, figures: BatchFigures) -> Iterator[str]:
             f"unstable: a tenth of the calls compute for {beyond:.0%} longer than the median, or more; end what else "
             "runs here, or measure for longer with --seconds"
         )
+    if _still_rises(measured, figures):
+        yield "items/s still rise at this size; measure larger batches too, with --batch"
     if measured.bus and not figures.graph:
         yield "no CUDA graph: this engine cannot be captured, so each batch costs the CPU a full enqueue"
     if figures.overlaps and figures.overlaps[-1].lanes < measured.lanes:
@@ -190,6 +192,15 @@ def _warnings(measured: Measured, figures: BatchFigures) -> Iterator[str]:
             f"the plan allows {figures.overlaps[-1].lanes} lanes of {measured.lanes}; build it again with "
             "`trtpool build` for more"
         )
+
+
+def _still_rises(measured: Measured, figures: BatchFigures) -> bool:
+    """Whether this is the largest size measured, clearly faster than the one before, and not the model's largest."""
+    limit = measured.spec.batch_limit
+    if figures is not measured.batches[-1] or len(measured.batches) < 2 or limit == figures.items:
+        return False
+    before = _items_per_s(measured, measured.batches[-2])
+    return _ratio(_items_per_s(measured, figures), before) >= WORTH
 
 
 # ---------------------------------------------------------------------------------- remedies

@@ -17,7 +17,7 @@ from trtpool.broker.cli_options import parse_gpus, parse_shapes
 from trtpool.broker.planning import child_environment, is_plan, probe, requests
 from trtpool.broker.pool import make_settings
 from trtpool.ipc.errors import ConfigError, ModelError
-from trtpool.ipc.profiling import ProfileRequest
+from trtpool.ipc.profiling import Measured, ProfileRequest
 from trtpool.ipc.settings import (
     DEFAULT_LANES,
     FLAVOURS,
@@ -137,21 +137,11 @@ def profile(
     source = settings.models[0]
     if not Path(source.path).exists():
         raise ModelError(f"there is no file {source.path}; name an .onnx file, or with --gpus a plan")
-    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    with console.status("starting") as status:
-        wanted = _request(settings, console.print)
-        measured = ask(
-            ProfileRequest(
-                source=wanted.source,
-                engine=wanted.engine,
-                batches=batches or DEFAULT_BATCHES,
-                strict=bool(batches),
-                seconds=seconds,
-                cpus=len(os.sched_getaffinity(0)),
-            ),
-            child_environment(gpus[0] if gpus else None),
-            lambda line: status.update(line) if console.is_terminal else console.print(line),
-        )
+    try:
+        measured = _measure(settings, batches, seconds)
+    except KeyboardInterrupt:
+        click.echo("trtpool: the profile was stopped", err=True)
+        raise click.exceptions.Exit(1) from None
     advice = judge(measured)
     if as_json:
         report = {"version": __version__, "measured": measured, "advice": advice}
@@ -163,6 +153,23 @@ def profile(
             html.write_text(page(measured, advice), encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {html}: {error.strerror}; name another file with --html") from error
+
+
+def _measure(settings: PoolSettings, batches: tuple[int, ...], seconds: float) -> Measured:
+    """Have it measured, and show what is being done."""
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    with console.status("starting") as status:
+        wanted = _request(settings, console.print)
+        request = ProfileRequest(
+            source=wanted.source,
+            engine=wanted.engine,
+            batches=batches or DEFAULT_BATCHES,
+            strict=bool(batches),
+            seconds=seconds,
+            cpus=len(os.sched_getaffinity(0)),
+        )
+        environment = child_environment(settings.gpus[0] if settings.gpus else None)
+        return ask(request, environment, status.update if console.is_terminal else console.print)
 
 
 def _request(settings: PoolSettings, say: Callable[[str], None]) -> InspectRequest:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Final, NamedTuple
 
 WIDTH: Final = 760
-LABEL: Final = 170
+LABEL: Final = 200
 VALUE: Final = 110
 BAR: Final = 18
 GAP: Final = 8
@@ -66,7 +66,7 @@ class Line(NamedTuple):
 
 def lines(title: str, series: Sequence[Line], *, x_name: str, y_name: str, x_texts: dict[float, str]) -> str:
     """Lines over a logarithmic x axis, marked at `x_texts`; y from 0.  All x must be above 0."""
-    tall, left, right = 260, 60, 20
+    tall, left, right = 260, 60, 40
     names = [line.name for line in series]
     colour = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     xs = [math.log2(x) for line in series for x, _ in line.points]

@@ -89,6 +89,16 @@ def test_an_engine_without_a_graph_and_a_plan_without_lanes():
     assert "allows 1 lanes of 3" in lanes
 
 
+@pytest.mark.parametrize(
+    ("limit", "ms", "warned"), [(0, 1.9, True), (16, 1.9, False), (64, 1.9, True), (0, 1.95, False)]
+)
+def test_sizes_that_were_not_measured_may_be_faster_still(limit, ms, warned):
+    spec = msgspec.structs.replace(FLOATS, batch_limit=limit)
+    small, large = judge(cpu(batch(8, phases(0, 0, 1, 0)), batch(16, phases(0, 0, ms, 0)), spec=spec)).verdicts
+    assert small.warnings == ()
+    assert any("still rise" in warning for warning in large.warnings) == warned
+
+
 # --- Remedies ------------------------------------------------------------------------------------
 
 

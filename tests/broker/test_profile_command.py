@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
@@ -33,6 +35,15 @@ ON_GPU = gpu(
     ),
     batch(64, phases(0.1, 8, 2, 1, deviation=0.2), graph=True, overlaps=overlaps(11, 9, 8, 8)),
 )  # fmt: skip
+INTERRUPTED = """
+import signal, sys
+from trtpool.broker.cli import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+sys.argv.insert(1, "profile")
+main()
+"""
+
 ON_CPU = cpu(batch(1, phases(0.01, 0, 1, 0), one_thread=phases(0.01, 0, 3, 0)))
 
 
@@ -269,3 +280,22 @@ def test_the_command_as_users_run_it(run, tmp_path, capsys):
     assert measured.batches[1].series.compute.count >= 10
     assert run("det.onnx") == ModelError.exit_code
     assert capsys.readouterr().err.splitlines()[-1].startswith("trtpool: ")
+
+
+@pytest.mark.system
+def test_an_interrupt_ends_the_child_too(tmp_path):
+    from tests.models import MODELS, save
+
+    words = [save(MODELS["mlp"].model, tmp_path), "--batch=20000", "--seconds=3600"]
+    command = [sys.executable, "-c", INTERRUPTED, *map(str, words)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while not process.stderr.readline().startswith("batches of 20000"):
+                assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate()
+        finally:
+            process.kill()
+    assert (process.returncode, out) == (1, "")
+    assert err.splitlines()[-1] == "trtpool: the profile was stopped"
