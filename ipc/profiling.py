@@ -108,6 +108,8 @@ class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
         plain: in series without a graph; None if there is none to leave out.
         plain_overlap: `plain` with the most lanes of `overlaps`.
         pageable: in series from memory that is not pinned; None on the CPU.
+        in_place: in series with the engine reading its inputs from pinned memory, without a graph and without copies
+            out; `copied` is the same with inputs copied.  None where that was not measured.
         one_thread: in series with one thread in the engine's call; None on a GPU, or where that is all there is.
     """
 
@@ -121,6 +123,8 @@ class BatchFigures(msgspec.Struct, frozen=True, kw_only=True):
     plain_overlap: Overlap | None = None
     pageable: Phases | None = None
     one_thread: Phases | None = None
+    copied: Phases | None = None
+    in_place: Phases | None = None
 
 
 class BusPoint(msgspec.Struct, frozen=True):

@@ -22,6 +22,7 @@ from trtpool.ipc.settings import EngineSettings
 from trtpool.ipc.tensors import ModelSpec
 
 from .cuda import Cuda, CudaError
+from .profile_mapped import measure_mapped
 from .profile_planes import (
     LEAST_RUNS,
     WARM_UP_RUNS,
@@ -59,12 +60,16 @@ class _Ways(NamedTuple):
 
 
 class _Pinned(NamedTuple):
-    """What was measured in a pinned arena, by batch size; `plain` is empty if there are no graphs to leave out."""
+    """What was measured in a pinned arena, by batch size; `plain` is empty if there are no graphs to leave out.
+
+    `mapped` is what `measure_mapped` found.
+    """
 
     spec: ModelSpec
     bus: tuple[BusPoint, ...]
     graphs: dict[int, _Ways]
     plain: dict[int, _Ways]
+    mapped: dict[int, tuple[Phases, Phases]]
 
 
 def measure(request: ProfileRequest, say: Say, cuda: Cuda | None = None) -> Measured:
@@ -89,7 +94,7 @@ def _measure(request: ProfileRequest, say: Say, cuda: Cuda) -> Measured:
     bind_to_gpu(cuda.pci_bus_id())
     settings = request.engine
     most = msgspec.structs.replace(settings, lanes=min(MOST_LANES, settings.lanes + MORE_LANES), graphs=True)
-    spec, bus, graphs, plain = _pinned(request, most, cuda, say)
+    spec, bus, graphs, plain, mapped = _pinned(request, most, cuda, say)
     pageable = _pageable(request, most, cuda, spec, [*graphs], say)
     figures = tuple(
         BatchFigures(
@@ -102,6 +107,8 @@ def _measure(request: ProfileRequest, say: Say, cuda: Cuda) -> Measured:
             plain=plain[items].series if ways.graph else None,
             plain_overlap=plain[items].overlaps[-1] if ways.graph else None,
             pageable=pageable[items],
+            copied=mapped[items][0] if items in mapped else None,
+            in_place=mapped[items][1] if items in mapped else None,
         )
         for items, ways in graphs.items()
     )
@@ -132,7 +139,11 @@ def _pinned(request: ProfileRequest, settings: EngineSettings, cuda: Cuda, say: 
             other = stack.enter_context(_engine(request, msgspec.structs.replace(settings, graphs=False), cuda))
             other.bind(planes.inputs, planes.outputs, batches[-1], registration.bounds)
             plain = {items: _ways(other, items, request.seconds, say, every=False) for items in batches}
-        return _Pinned(spec, bus, graphs, plain)
+            other.close()
+        # Most batches lie in one registration, and those that do not are no hint worth its trouble.
+        whole = not registration.bounds
+        mapped = measure_mapped(request, batches, cuda, planes, say) if whole else {}
+        return _Pinned(spec, bus, graphs, plain, mapped)
 
 
 @contextlib.contextmanager

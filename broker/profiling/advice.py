@@ -65,7 +65,7 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
         kind: what sets the pace.
         text: the same for people, with the reason.
         in_gbs, out_gbs: achieved by the engine's copies; 0 where nothing is copied.
-        warnings: such as an unstable clock.
+        warnings: such as an unstable clock; and hints.
         remedies: those worth it, the best first, then what is in use.
     """
 
@@ -185,6 +185,13 @@ def _warnings(measured: Measured, figures: BatchFigures) -> Iterator[str]:
         )
     if _still_rises(measured, figures):
         yield "items/s still rise at this size; measure larger batches too, with --batch"
+    if figures.copied is not None and figures.in_place is not None:
+        copied, in_place = (one.copy_in.median_ns + one.compute.median_ns for one in (figures.copied, figures.in_place))
+        if _ratio(copied, in_place) >= WORTH:
+            yield (
+                f"a hint: an engine that reads its inputs in place takes {_ms(in_place)}, against {_ms(copied)} with a "
+                "copy, one batch at a time; a pool always copies"
+            )
     if measured.bus and not figures.graph:
         yield "no CUDA graph: this engine cannot be captured, so each batch costs the CPU a full enqueue"
     if figures.overlaps and figures.overlaps[-1].lanes < measured.lanes:

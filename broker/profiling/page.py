@@ -101,6 +101,8 @@ def _batch(measured: Measured, advice: Advice, figures: BatchFigures, verdict: V
         ("without a CUDA graph", figures.plain),
         ("not pinned", figures.pageable),
         ("one thread", figures.one_thread),
+        ("copies in and compute alone", figures.copied),
+        ("the same with inputs read in place", figures.in_place),
     )
     said = [f"{name} {ms(other.end_to_end.median_ns)} ms" for name, other in others if other is not None]
     if said:

@@ -99,6 +99,16 @@ def test_sizes_that_were_not_measured_may_be_faster_still(limit, ms, warned):
     assert any("still rise" in warning for warning in large.warnings) == warned
 
 
+@pytest.mark.parametrize(("in_place_ms", "said"), [(1.9, True), (2.0, False), (4.0, False)])
+def test_inputs_in_place_are_a_hint_where_they_are_faster(in_place_ms, said):
+    figures = batch(
+        8, phases(0.1, 1, 1, 1), graph=True, copied=phases(0.1, 1, 1, 0), in_place=phases(0.1, 0, in_place_ms, 0)
+    )
+    hints = [warning for warning in only(gpu(figures)).warnings if "hint" in warning]
+    assert len(hints) == said
+    assert all("takes 1.900 ms, against 2.000 ms with a copy" in hint for hint in hints)
+
+
 # --- Remedies ------------------------------------------------------------------------------------
 
 

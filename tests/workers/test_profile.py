@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.models import ADD, BAD_MODELS, MODELS, SHARED, VARYING, save
-from tests.workers.fake_cuda import FakeRuntime
+from tests.workers.fake_cuda import MAPPED, FakeRuntime
 from tests.workers.fake_tensorrt import VERSIONS, installed, make_module, make_packages, neg, write_plan
 from trtpool.ipc.arena import create_segment
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, ModelError
@@ -23,6 +23,7 @@ from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers import profile_gpu, profile_planes
 from trtpool.workers.cuda import Cuda
+from trtpool.workers.plans import Context
 from trtpool.workers.profile import answer
 from trtpool.workers.profile_planes import LEAST_RUNS, MOST_RUNS, WARM_UP_RUNS, Sample, in_series
 
@@ -98,6 +99,7 @@ def test_sizes_that_the_model_does_not_take(tmp_path):
         said: list[str] = []
         found = profile_gpu.measure(request(path, (64, 1, 8), device="gpu"), said.append, Cuda(runtime))
         assert [figures.items for figures in found.batches] == [1, 8]
+        assert [figures.in_place is None for figures in found.batches] == [True, False]
         assert "batches of 64 are left out, since the model takes at most 8" in said
         assert "batches of fewer than 2 are filled up to that, so they cost as much" in said
         for asked in (request(path, (1, 64), device="gpu", strict=True), request(path, (64,), device="gpu")):
@@ -175,6 +177,27 @@ def test_each_way_is_measured_and_nothing_is_left_on_the_gpu(tmp_path):
             assert phases.copy_in.mean_ns > 0 < phases.copy_out.mean_ns
     assert runtime.calls["cudaGraphLaunch"] > 0
     assert runtime.calls["execute_async_v3"] > LEAST_RUNS * 2 * 4  # without graphs, two sizes on four ways
+
+
+def test_an_engine_reads_its_inputs_in_place(tmp_path, monkeypatch):
+    runtime = FakeRuntime()
+    bound: list[bool] = []
+    real = Context.enqueue
+
+    def watched(context: Any, items: int, stream: int) -> None:
+        bound.append(context._raw._addresses["x"] >= MAPPED)
+        real(context, items, stream)
+
+    monkeypatch.setattr(Context, "enqueue", watched)
+    found = on_fake(tmp_path, runtime)
+    runtime.check()
+    a_way = [False] * (LEAST_RUNS + WARM_UP_RUNS) + [True] * (LEAST_RUNS + WARM_UP_RUNS)
+    first = bound.index(True) - len(a_way) // 2
+    assert bound[first : first + 2 * len(a_way)] == 2 * a_way
+    assert sum(bound) == len(a_way)
+    for figures in found.batches:
+        assert figures.in_place.compute.count == figures.copied.compute.count == LEAST_RUNS
+        assert figures.copied.copy_in.mean_ns > figures.in_place.copy_in.mean_ns > 0  # events are a tick apart
 
 
 def test_pinned_and_pageable_memory_are_what_they_are_called(tmp_path, monkeypatch):
