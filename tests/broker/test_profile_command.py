@@ -22,6 +22,7 @@ from trtpool.broker import building, cli
 from trtpool.broker.profiling import command
 from trtpool.broker.profiling.advice import Advice, judge
 from trtpool.broker.profiling.page import page
+from trtpool.broker.profiling.plots import Bar, Part, bars
 from trtpool.ipc.errors import ModelError
 from trtpool.ipc.profiling import Measured, Overlap, ProfileRequest
 from trtpool.ipc.settings import BuildSettings, EngineSettings, GpuInfo, ModelSource, PoolSettings
@@ -259,6 +260,12 @@ def test_names_are_text_and_not_markup():
     measured = gpu(batch(8, phases(0.1, 1, 2, 1)), spec=msgspec.structs.replace(spec, name="<b>"), bus=bus())
     reader = Reader(page(measured, judge(measured)))
     assert not {"script", "b"}.intersection(reader.tags)
+
+
+def test_labels_of_plots_are_text_and_not_markup():
+    svg = bars("<i>", [Bar("<b>", [Part("<u>", 1), Part("&", 2)], "a < b")], "<s>")
+    assert set(Reader(svg).tags) == {"figure", "figcaption", "svg", "rect", "title", "text"}
+    assert "a &lt; b" in svg
 
 
 def test_the_page_is_written(run, asked, tmp_path, capsys):
