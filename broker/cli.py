@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `check`, `run`, `status`, `top`, `stop`, `doctor`.
+"""The command line: `trtpool start`, `build`, `check`, `run`, `profile`, `status`, `top`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -6,6 +6,7 @@ error and an exit code of its own; `trtpool --help` prints their table.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ from .view import show_report
 
 _CODES: Final = (
     (0, "all went well; a pool drained and ended"),
-    (1, "a pool was stopped with work in flight, a build or a job was stopped, or the doctor found a problem"),
+    (1, "a pool was stopped with work in flight, a build, profile or job was stopped, or the doctor found a problem"),
     (2, "the command line cannot be understood"),
     (errors.ConfigError.exit_code, "an option is not possible"),
     (errors.ModelError.exit_code, "a model file cannot be served as it is"),
@@ -64,6 +65,13 @@ _CODES: Final = (
     (errors.ProtocolError.exit_code, "pool and client have different versions of trtpool"),
 )
 
+_LAZY: Final = {
+    "check": "trtpool.broker.check.command",
+    "profile": "trtpool.broker.profiling.command",
+    "run": "trtpool.broker.jobs.command",
+}
+"""Commands that are imported when they are called, so that the others stay quick, and where they are."""
+
 
 class _Group(click.Group):
     """Adds the table of exit codes to ``--help`` and turns our errors into one line each."""
@@ -74,17 +82,13 @@ class _Group(click.Group):
         super().format_epilog(ctx, formatter)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted([*super().list_commands(ctx), "check", "run"])
+        return sorted([*super().list_commands(ctx), *_LAZY])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "run":  # imported here, so that the others stay quick
-            from .jobs.command import run
-
-            return run
-        if cmd_name == "check":
-            from .check.command import check
-
-            return check
+        if cmd_name in _LAZY:
+            module = importlib.import_module(_LAZY[cmd_name])
+            command: click.Command = getattr(module, cmd_name)
+            return command
         return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -121,6 +125,7 @@ def cli() -> None:
       trtpool start --config pool.toml
       trtpool run det.onnx --input 'pages/*.png' --output out.parquet
       trtpool check resnet50.plan --against resnet50.onnx --data photos/
+      trtpool profile det.onnx --batch 1,8,32
       trtpool status --json
       trtpool top --name ocr
       trtpool stop --name ocr

@@ -122,6 +122,11 @@ class Cuda:
         """Undo `host_register` of the memory that begins at `address`."""
         self._call("cudaHostUnregister", address)
 
+    def device_address(self, address: int) -> int:
+        """Where the device sees pinned host memory."""
+        (mapped,) = self._call("cudaHostGetDevicePointer", address, 0)
+        return int(mapped)
+
     def clear_error(self) -> None:
         """Forget the last error of this thread, which a library that asks for it would take for its own."""
         self._rt.cudaGetLastError()

@@ -158,6 +158,10 @@ class Lane:
         if items not in self._seen:
             self._run_once(items)
 
+    def has_graph(self, items: int) -> bool:
+        """Whether a batch of `items` items launches a CUDA graph, as it stands."""
+        return max(self._min_batch, items) in self._graphs
+
     def launch(self, batch: Batch, items: int) -> None:
         """Enqueue a batch of `items` items, which fits the planes; see `LaneEngine.launch`.
 

@@ -110,6 +110,10 @@ class TensorrtEngine:
         for lane in self._lanes:
             lane.warm_up(items)
 
+    def uses_graph(self, items: int) -> bool:
+        """Whether batches of `items` items launch a CUDA graph, once they are warmed up."""
+        return bool(self._lanes) and self._lanes[0].has_graph(items)
+
     def launch(self, lane: int, batch: Batch, shapes: Shapes = ()) -> None:
         """Enqueue a batch; see `LaneEngine.launch`."""
         if shapes:

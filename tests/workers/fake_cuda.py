@@ -49,6 +49,10 @@ from tests.workers.fake_device import (
 from tests.workers.fake_device import cudaError_t as Code
 
 TICK_NS: Final = 1000
+
+MAPPED: Final = 1 << 60
+"""The device sees pinned host memory this far beyond its own address."""
+
 """What each piece of work takes, by the device's clock."""
 
 ALIGNMENT: Final = 256
@@ -187,6 +191,10 @@ class FakeRuntime:
 
     def memory(self, address: int, size: int) -> npt.NDArray[np.uint8]:
         """The bytes of device memory, of shape ``(size,)``; a fault of the device where there is none."""
+        if address >= MAPPED:
+            if not any(s <= address - MAPPED <= s + n - size for s, n in [*self.registrations.items()]):
+                raise DeviceFault
+            return host_memory(address - MAPPED, size)
         if not self.on_device(address, size):
             raise DeviceFault
         return host_memory(address, size)
@@ -242,6 +250,12 @@ class FakeRuntime:
         return Code.cudaSuccess, f"text of {error.name}".encode()
 
     # ------------------------------------------------------------------ memory
+
+    @call(1)
+    def cudaHostGetDevicePointer(self, pHost: int, flags: int) -> tuple[int]:
+        if flags or not any(start <= pHost < start + held for start, held in self.registrations.items()):
+            raise CallFailed(Code.cudaErrorInvalidValue)
+        return (pHost + MAPPED,)
 
     @call(0)
     def cudaHostRegister(self, ptr: int, size: int, flags: int) -> None:
