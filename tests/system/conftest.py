@@ -94,10 +94,10 @@ if sys.orig_argv[-1] == "trtpool.workers":
 {load}
             super().__init__(*arguments, **options)
 
-        def run(self, batch):
+        def run(self, batch, shapes=()):
             inputs = [self._planes.inputs[0][r.first : r.first + r.count].view("f4").reshape(-1, 4) for r in batch]
 {run}
-            return super().run(batch)
+            return super().run(batch, shapes)
 
     onnx_engine.OnnxEngine = Engine
 """
