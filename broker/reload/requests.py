@@ -113,13 +113,14 @@ def _receive(sock: socket.socket, *, switched: bool) -> Answer:
             data = sock.recv(PACKET_BYTES)
         if not data:
             raise PoolClosed("the pool ended while it was to load other engines; start it again")
-        return _decode_answer(data)
+        answer: Answer = _decode_answer(data)
     except TimeoutError:
         if switched:
             raise PoolBusy("the new engines answer, and old ones still finish what they had; wait") from None
         raise PoolBusy("the new engines were not ready in time, so it was called off; give a longer time-out") from None
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"the pool's answer cannot be read ({error}); is it of another version?") from error
+    return answer
 
 
 def _connect(run_dir: Path) -> socket.socket:

@@ -20,7 +20,7 @@ def ready() -> Rig:
 def runs(actions: list[e.Action]) -> list[tuple[int, int]]:
     """Batches that were sent, and to whom."""
     found = [one for one in actions if isinstance(one, e.Send) and isinstance(one.message, m.Run)]
-    return [(one.peer, one.message.batch) for one in found]  # type: ignore[union-attr]
+    return [(one.peer, one.message.batch) for one in found]
 
 
 def test_a_worker_that_stands_by_gets_no_work():
