@@ -195,12 +195,12 @@ class Admission:
     def start_worker(self, worker: int, kept: Kept) -> None:
         """Let a worker in."""
         try:
-            self._let_in(self._peers.new(kept.sock, kept.pidfd, kept.pid, worker))
+            self._let_in(self._peers.new(kept.sock, kept.pidfd, kept.pid, worker), kept.generation)
         except OSError as error:  # it ended already; WorkerGone follows
             kept.sock.close()
             log.debug("worker %d took no description: %s", worker, error)
 
-    def _let_in(self, peer: Peer) -> None:
+    def _let_in(self, peer: Peer, generation: int = 0) -> None:
         """Tell a peer all it needs, and listen to it.
 
         Raises:
@@ -228,7 +228,7 @@ class Admission:
             raise
         self._peers.watch(peer)
         if worker is not None:
-            self._ledger.join_worker(number, peer.pid, worker, time.monotonic_ns())
+            self._ledger.join_worker(number, peer.pid, worker, time.monotonic_ns(), generation)
             peer.mail = self._ledger.mail[number]
         log.info(
             "peer %d is process %d%s", number, peer.pid, "" if worker is None else f", worker {worker}",

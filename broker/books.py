@@ -37,6 +37,7 @@ class Books:
 
     Attributes:
         serving: workers that may be sent work.
+        retiring: workers of an older generation that have yet to be told Bye, when they have finished what they have.
         shares: how models share the workers.
         now_ns: when what is being handled came.
         draining: no more slots are granted.
@@ -47,8 +48,8 @@ class Books:
     """
 
     __slots__ = (
-        "actions", "draining", "gpus", "mail", "models", "now_ns", "producers", "serving", "shares", "suspects",
-        "urgent", "workers",
+        "actions", "draining", "gpus", "mail", "models", "now_ns", "producers", "retiring", "serving", "shares",
+        "suspects", "urgent", "workers",
     )  # fmt: skip
 
     def __init__(self, models: list[Model], gpus: int, now_ns: int) -> None:
@@ -58,6 +59,7 @@ class Books:
         self.producers: dict[int, Producer] = {}
         self.workers: dict[int, Worker] = {}
         self.serving: list[Worker] = []
+        self.retiring: list[Worker] = []
         self.shares = Shares()
         self.draining = False
         self.urgent = 0
@@ -80,8 +82,9 @@ class Books:
 
     def stop_serving(self, worker: Worker) -> None:
         """The worker gets no more work."""
-        if worker in self.serving:
-            self.serving.remove(worker)
+        for workers in (self.serving, self.retiring):
+            if worker in workers:
+                workers.remove(worker)
 
     def forget_if_empty(self, producer: Producer) -> None:
         """Forget a producer whose lifeline has ended, once it holds nothing that somebody may still write."""

@@ -1,4 +1,4 @@
-"""The command line: `trtpool start`, `build`, `check`, `run`, `profile`, `status`, `top`, `stop`, `doctor`.
+"""The command line: `trtpool start`, `build`, `check`, `run`, `profile`, `reload`, `status`, `top`, `stop`, `doctor`.
 
 Everything that can be wrong is checked before a child process starts, and is answered with one line on standard
 error and an exit code of its own; `trtpool --help` prints their table.
@@ -40,6 +40,7 @@ from .cli_types import PER_MODEL, PerModel, only_by_model, per_model_option, spl
 from .config_file import with_file
 from .doctor.cli import doctor
 from .pool import make_settings
+from .reload.command import reload
 from .users import user_ids
 from .view import show_report
 
@@ -126,6 +127,7 @@ def cli() -> None:
       trtpool run det.onnx --input 'pages/*.png' --output out.parquet
       trtpool check resnet50.plan --against resnet50.onnx --data photos/
       trtpool profile det.onnx --batch 1,8,32
+      trtpool reload det=new.onnx --name ocr
       trtpool status --json
       trtpool top --name ocr
       trtpool stop --name ocr
@@ -378,6 +380,7 @@ def stop(name: str, run_dir: Path | None, timeout_s: float) -> None:
 
 cli.add_command(build)
 cli.add_command(doctor)
+cli.add_command(reload)
 cli.add_command(top)
 
 

@@ -9,6 +9,9 @@
       | <-- WorkerSaid ------------------- |  why it must end, in its own words
       | <-- WorkerHangs ------------------ |  it must be killed
       | --- WorkerGone ------------------> |  it ended and was reaped
+      | --- SwitchWorkers ---------------> |  those that stood by serve from now on, in place of all others
+      | <-- WorkersSwitched -------------- |
+      | <-- WorkerLeaves ----------------- |  one that was replaced has finished, and was told to end
       | <-- PeerAdmitted + 2 fds --------- |  a client's lifeline and its pidfd, to keep
       | --- PeerIsKept, PeerNotKept -----> |  it is let in, or told why not
       | <-- PeerForgotten ---------------- |
@@ -19,7 +22,7 @@ A broker that takes over is told first of all that the supervisor kept::
 
       | --- WorkerStarted + 2 fds, each -> |  those that live; another that the broker finds in its books has ended
       | --- PeerKept + 2 fds, each ------> |
-      | --- TakeOver --------------------> |
+      | --- TakeOver --------------------> |  then SwitchWorkers and DrainNow once more, if they were told
       | <-- BrokerReady ------------------ |
 """
 
@@ -37,10 +40,14 @@ class BrokerReady(msgspec.Struct, frozen=True, tag=1):
 
 
 class WorkerStarted(msgspec.Struct, frozen=True, tag=2):
-    """A worker was started; `worker` is the supervisor's number for it, never reused."""
+    """A worker was started; `worker` is the supervisor's number for it, never reused.
+
+    One of a later `generation` than those that serve stands by; see `SwitchWorkers`.
+    """
 
     worker: int
     pid: int
+    generation: int = 0
 
 
 class WorkerIsReady(msgspec.Struct, frozen=True, tag=3):
@@ -114,6 +121,25 @@ class TakeOver(msgspec.Struct, frozen=True, tag=12):
     """All has been told."""
 
 
+class SwitchWorkers(msgspec.Struct, frozen=True, tag=15):
+    """Send work to workers of this generation alone; `paths` are the files of their models.  May be told again."""
+
+    generation: int
+    paths: tuple[str, ...]
+
+
+class WorkersSwitched(msgspec.Struct, frozen=True, tag=16):
+    """That is so from now on, whatever becomes of this broker."""
+
+    generation: int
+
+
+class WorkerLeaves(msgspec.Struct, frozen=True, tag=17):
+    """A worker that was replaced has nothing more to do, and its end follows."""
+
+    worker: int
+
+
 Control: TypeAlias = (
     BrokerReady
     | WorkerStarted
@@ -121,6 +147,9 @@ Control: TypeAlias = (
     | WorkerSaid
     | WorkerHangs
     | WorkerGone
+    | SwitchWorkers
+    | WorkersSwitched
+    | WorkerLeaves
     | DrainNow
     | IsDrained
     | PeerAdmitted

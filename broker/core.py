@@ -30,11 +30,14 @@ from .events import (
     Drained,
     Event,
     Forget,
+    Leaves,
     ProducerClosed,
     ProducerEnded,
     ProducerJoined,
     Received,
     Send,
+    Switch,
+    Switched,
     TurnEnded,
     WorkerEnded,
     WorkerJoined,
@@ -67,6 +70,7 @@ class Core:
         models, producers, workers: those of the books.
         violations: what peers sent that no client or worker of ours sends.
         drained: that was said.
+        generation: of the workers that serve; see `Switch`.
         worker_ends: workers that ended.
     """
 
@@ -103,6 +107,7 @@ class Core:
         self.works = Works(books, timers, self.leasing, SlowRequests(books, int(slow_ms * 1e6)))
         self.dispatch = Dispatch(books, timers, self.works, self.hangs)
         self.drained = False
+        self.generation = 0
         self.violations = 0
         self.worker_ends = 0
         self._events = 0
@@ -114,6 +119,7 @@ class Core:
             ProducerEnded: self._producer_ended,
             WorkerEnded: self._worker_ended,
             Drain: self._drain,
+            Switch: self._switch,
         }
         self._from_producer: dict[type[Any], Callable[[Producer, Any], None]] = {
             m.Lease: self.leasing.lease,
@@ -214,7 +220,7 @@ class Core:
         self.books.send(event.peer, m.Welcome(self.epoch, event.peer, [model.cap for model in self.models]))
 
     def _worker_joined(self, event: WorkerJoined) -> None:
-        self.workers[event.peer] = Worker(event.peer, event.pid)
+        self.workers[event.peer] = Worker(event.peer, event.pid, event.generation)
         self.books.send(event.peer, m.Welcome(self.epoch, event.peer, []))
 
     def _ready(self, worker: Worker, message: m.Ready) -> None:
@@ -224,8 +230,36 @@ class Core:
             self.books.check_gpu(message.gpu)
         worker.device, worker.lanes, worker.gpu = message.device, message.lanes, message.gpu
         if worker.said is None:
-            self.books.serving.append(worker)
+            self._place(worker)
         self.books.actions.append(WorkerReady(worker.peer))
+
+    def _place(self, worker: Worker) -> None:
+        """One that goes on serves, is to leave, or stands by until its generation serves."""
+        if worker.generation == self.generation:
+            self.books.serving.append(worker)
+        elif worker.generation < self.generation:
+            self.books.retiring.append(worker)
+
+    def _switch(self, event: Switch) -> None:
+        """All at once, so that no batch is sent to an old engine after one was sent to a new one."""
+        books = self.books
+        if event.generation > self.generation:
+            self.generation = event.generation
+            books.serving, books.retiring = [], []
+            for worker in self.workers.values():
+                if worker.lanes and worker.said is None:
+                    self._place(worker)
+            for model, path in zip(self.models, event.paths, strict=True):
+                model.path = path
+        books.actions.append(Switched(event.generation))
+
+    def _let_go(self) -> None:
+        """Tell those Bye that were replaced and have finished what they had."""
+        for worker in [one for one in self.books.retiring if not one.batches]:
+            worker.said = "other engines have taken its place"
+            self.books.stop_serving(worker)
+            self.books.send(worker.peer, m.Bye(worker.said))
+            self.books.actions.append(Leaves(worker.peer))
 
     def _producer_closed(self, event: ProducerClosed) -> None:
         """Drop what it queued and keep its slots: its process, or a child of it, may still write to them."""
@@ -278,6 +312,8 @@ class Core:
         if books.suspects:
             self.dispatch.dispatch_suspect()
         self.dispatch.dispatch()
+        if books.retiring:
+            self._let_go()
         if books.draining and not self.drained and not self._has_work():
             self.drained = True
             books.actions.append(Drained())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 from trtpool.ipc.messages import FromBroker, ToBroker
@@ -15,10 +16,11 @@ class ProducerJoined(NamedTuple):
 
 
 class WorkerJoined(NamedTuple):
-    """A worker proved who it is; it is not ready yet."""
+    """A worker proved who it is; it is not ready yet.  `generation` is that of its engines; see `Switch`."""
 
     peer: int
     pid: int
+    generation: int = 0
 
 
 class Received(NamedTuple):
@@ -51,12 +53,22 @@ class Drain(NamedTuple):
     """Grant nothing new and say when all work is done."""
 
 
+class Switch(NamedTuple):
+    """Workers of this generation serve from now on, and older ones finish what they have; `paths` are their models'.
+
+    The same generation again changes nothing.
+    """
+
+    generation: int
+    paths: Sequence[str]
+
+
 class TurnEnded(NamedTuple):
     """Every socket has been read: serve who waits, make batches, look at the clock."""
 
 
 Event: TypeAlias = (
-    ProducerJoined | WorkerJoined | Received | ProducerClosed | ProducerEnded | WorkerEnded | Drain | TurnEnded
+    ProducerJoined | WorkerJoined | Received | ProducerClosed | ProducerEnded | WorkerEnded | Drain | Switch | TurnEnded
 )
 
 
@@ -75,6 +87,18 @@ class Forget(NamedTuple):
 
 class WorkerReady(NamedTuple):
     """A worker has loaded its models."""
+
+    peer: int
+
+
+class Switched(NamedTuple):
+    """Workers of this generation, and no others, are sent work."""
+
+    generation: int
+
+
+class Leaves(NamedTuple):
+    """A worker of an older generation has finished what it had, and was told Bye."""
 
     peer: int
 
@@ -111,4 +135,4 @@ class Drained(NamedTuple):
     """No work is left; said once, after Drain."""
 
 
-Action: TypeAlias = Send | Forget | WorkerReady | Hung | Overdue | Evict | Slow | Drained
+Action: TypeAlias = Send | Forget | WorkerReady | Switched | Leaves | Hung | Overdue | Evict | Slow | Drained

@@ -12,11 +12,12 @@ from . import control as c
 
 
 class Kept(NamedTuple):
-    """A lifeline, and its process."""
+    """A lifeline, and its process; `generation` is that of a worker's engines."""
 
     pid: int
     sock: socket.socket
     pidfd: int
+    generation: int = 0
 
 
 class Inheritance(NamedTuple):
@@ -47,7 +48,7 @@ def inherit(control: socket.socket) -> Inheritance:
         if isinstance(message, c.PeerKept):
             kept.peers[message.peer] = Kept(message.pid, socket.socket(fileno=fds[0]), fds[1])
         elif isinstance(message, c.WorkerStarted):
-            kept.workers[message.worker] = Kept(message.pid, socket.socket(fileno=fds[0]), fds[1])
+            kept.workers[message.worker] = Kept(message.pid, socket.socket(fileno=fds[0]), fds[1], message.generation)
         elif isinstance(message, c.TakeOver):
             return kept
         else:

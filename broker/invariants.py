@@ -82,8 +82,13 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
 
 
 def _validate_workers(core: Core) -> None:
-    serving = {worker.peer for worker in core.workers.values() if worker.lanes and worker.said is None}
+    able = [worker for worker in core.workers.values() if worker.lanes and worker.said is None]
+    serving = {worker.peer for worker in able if worker.generation == core.generation}
     assert {worker.peer for worker in core.books.serving} == serving, "it is not known who serves"
+    retiring = {worker.peer for worker in able if worker.generation < core.generation}
+    assert {worker.peer for worker in core.books.retiring} == retiring, "it is not known who is to leave"
+    for worker in able:
+        assert worker.generation <= core.generation or not worker.batches, "one that stands by was sent work"
     urgent = sum(len(line.urgent) for model in core.models for line in model.lines)
     assert core.books.urgent == urgent, "interactive works were miscounted"
     waiting = sum(len(line.suspects) for model in core.models for line in model.lines)

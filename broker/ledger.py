@@ -33,7 +33,9 @@ from .core import Core
 from .journal import MAX_LOST_ZEROS, REQUEST_BYTES, Journal, Kind
 from .snapshot import restore, save
 
-Told: TypeAlias = e.ProducerJoined | e.WorkerJoined | e.ProducerClosed | e.ProducerEnded | e.WorkerEnded | e.Drain
+Told: TypeAlias = (
+    e.ProducerJoined | e.WorkerJoined | e.ProducerClosed | e.ProducerEnded | e.WorkerEnded | e.Drain | e.Switch
+)
 """Events that are written as they are; frames are written as they came, and turns have a record of their own."""
 
 _TOLD: Final[tuple[type[Told], ...]] = (
@@ -43,6 +45,7 @@ _TOLD: Final[tuple[type[Told], ...]] = (
     e.ProducerEnded,
     e.WorkerEnded,
     e.Drain,
+    e.Switch,
 )
 _TURN: Final = int(Kind.TURN)
 _NUMBERS: Final[dict[type[Any], int]] = {kind: number for number, kind in enumerate(_TOLD)}
@@ -146,12 +149,12 @@ class Ledger:
 
     # ------------------------------------------------------------------ what comes in
 
-    def join_worker(self, peer: int, pid: int, worker: int, now_ns: int) -> None:
+    def join_worker(self, peer: int, pid: int, worker: int, now_ns: int, generation: int = 0) -> None:
         """A worker joined; `worker` is the supervisor's number for it."""
         self.journal.write(Kind.WORKER, peer, worker)
         self.next_peer = max(self.next_peer, peer + 1)
         self.mail[peer] = Mail(worker=worker)
-        self.decide(e.WorkerJoined(peer, pid), now_ns)
+        self.decide(e.WorkerJoined(peer, pid, generation), now_ns)
 
     def join_over_zmq(self, peer: int, greeting: bytes, now_ns: int, pid: int = 0) -> None:
         """A producer joined by a frame over ZeroMQ."""
@@ -337,7 +340,7 @@ class Ledger:
         self.core.tell(event, now_ns)
         if isinstance(event, e.ProducerJoined):
             self._take_greeting(event.peer, self._greetings.pop(event.peer), now_ns)
-        if not isinstance(event, e.Drain):
+        if not isinstance(event, (e.Drain, e.Switch)):
             self.next_peer = max(self.next_peer, event.peer + 1)
 
     def _settle(self, waiting: dict[int, int]) -> None:

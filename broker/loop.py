@@ -264,10 +264,12 @@ class Loop:
             except BlockingIOError:
                 return
             if isinstance(message, c.WorkerStarted):
-                kept = Kept(message.pid, socket.socket(fileno=fds[0]), fds[1])
+                kept = Kept(message.pid, socket.socket(fileno=fds[0]), fds[1], message.generation)
                 self._admission.start_worker(message.worker, kept)
             elif isinstance(message, c.WorkerGone):
                 self._worker_gone(message)
+            elif isinstance(message, c.SwitchWorkers):
+                self._ledger.decide(e.Switch(message.generation, message.paths), time.monotonic_ns())
             elif isinstance(message, c.DrainNow):
                 self._ledger.decide(e.Drain(), time.monotonic_ns())
             elif isinstance(message, (c.PeerIsKept, c.PeerNotKept)):

@@ -49,6 +49,12 @@ def model_source(text: str | os.PathLike[str]) -> ModelSource:
     return ModelSource(os.path.abspath(path), name or Path(path).stem)
 
 
+def new_source(text: str | os.PathLike[str]) -> ModelSource:
+    """A file that is to take the place of another: ``FILE``, or ``NAME=FILE``; without a name it has none."""
+    source = model_source(text)
+    return source if "=" in os.fspath(text).partition(os.sep)[0] else ModelSource(source.path, "")
+
+
 def read_models(
     models: Sequence[AnyModel],
 ) -> tuple[tuple[ModelSource, ...], dict[str, dict[str, Any]], dict[str, ShapeRange]]:

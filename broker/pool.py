@@ -16,7 +16,7 @@ from typing import Final
 import msgspec
 
 from trtpool.ipc.client import Client
-from trtpool.ipc.errors import ConfigError, DeviceUnavailable, StartFailed
+from trtpool.ipc.errors import ConfigError, DeviceUnavailable, PoolClosed, StartFailed
 from trtpool.ipc.process import describe_exit
 from trtpool.ipc.rundir import default_root
 from trtpool.ipc.settings import (
@@ -33,8 +33,9 @@ from trtpool.ipc.settings import (
 
 from .control import SuperviseConfig
 from .gpus import gpu_list
-from .models import AnyModel, Model, read_models
+from .models import AnyModel, Model, new_source, read_models
 from .planning import child_environment, error_of
+from .reload.requests import reload
 from .users import user_ids
 
 _numbers = itertools.count(1)
@@ -249,6 +250,7 @@ class Pool(Client):
             metrics=metrics,
         )
         self._owner = os.getpid()
+        self._directory = directory
         self._drain_timeout_s = drain_timeout_s
         self._process = _start(settings)
         try:
@@ -261,6 +263,26 @@ class Pool(Client):
     def supervisor_pid(self) -> int:
         """The process that runs the pool; 0 when it was closed."""
         return self._process.pid if self._process is not None else 0
+
+    def reload(self, *models: str | os.PathLike[str], timeout_s: float | None = None) -> int:
+        """Load other files in place of what the pool serves, without losing a request; see docs/operations.md.
+
+        Args:
+            models: ``NAME=FILE``, or a file alone if the pool has one model.  Inputs and outputs must be the same.
+            timeout_s: seconds after which it is called off, if the new engines do not answer yet; None: never.
+
+        Returns:
+            The generation of the engines that give all answers from now on; see `PoolReport.generation`.
+
+        Raises:
+            ConfigError, ModelError, DeviceUnavailable, StartFailed: a file cannot be loaded, or has another signature;
+                nothing has changed.
+            PoolBusy: another reload is under way, or the time is over.
+            PoolClosed: the pool was closed or has ended.
+        """
+        if self._process is None:
+            raise PoolClosed("this pool was closed; make another")
+        return reload(self._directory, [new_source(model) for model in models], timeout_s=timeout_s)
 
     def close(self) -> None:
         """Disconnect, let work in flight finish, and end the pool.  Again: nothing."""

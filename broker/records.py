@@ -151,13 +151,17 @@ class Worker:
         oldest_ns: since when the oldest of its batches has been that.
         watched: whether a timer will look at `oldest_ns`; there is one at most.
         overtaken: batches in a row that it was sent before older bulk work; see `OVERTAKES`.
+        generation: of its engines; it serves if that is the core's.
     """
 
-    __slots__ = ("batches", "device", "gpu", "lanes", "oldest_ns", "overtaken", "peer", "pid", "said", "watched")
+    __slots__ = (
+        "batches", "device", "generation", "gpu", "lanes", "oldest_ns", "overtaken", "peer", "pid", "said", "watched",
+    )  # fmt: skip
 
-    def __init__(self, peer: int, pid: int) -> None:
+    def __init__(self, peer: int, pid: int, generation: int = 0) -> None:
         self.peer = peer
         self.pid = pid
+        self.generation = generation
         self.device = ""
         self.lanes = 0
         self.gpu: int | None = None
@@ -282,12 +286,13 @@ class Model:
         max_delay_ns: how long bulk work may wait for a batch to fill.
         weight, finish: its share of the workers, and how much of that it has had; see `shares`.
         varies: not all its work may share batches; see `variants`.
+        path: the file that its engines were loaded from.
     """
 
     __slots__ = (
         "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lease_wait_ns", "lease_waits",
-        "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "ring", "run_ns", "segment", "short_ns",
-        "spares", "totals", "unasked", "urgent", "varies", "waiting", "watched", "weight",
+        "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "path", "ring", "run_ns", "segment",
+        "short_ns", "spares", "totals", "unasked", "urgent", "varies", "waiting", "watched", "weight",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int, max_delay_ns: int = 0, weight: int = 1) -> None:
@@ -301,6 +306,7 @@ class Model:
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
         self.varies = not layout.spec.is_uniform
+        self.path = layout.spec.path
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()

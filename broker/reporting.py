@@ -46,7 +46,7 @@ def report(core: Core) -> PoolReport:
         violations=core.violations,
         draining=core.books.draining,
         workers=tuple(
-            WorkerReport(worker.pid, worker.device, worker.lanes, len(worker.batches), worker.gpu)
+            WorkerReport(worker.pid, worker.device, worker.lanes, len(worker.batches), worker.gpu, worker.generation)
             for worker in core.workers.values()
             if worker.lanes
         ),
@@ -54,6 +54,7 @@ def report(core: Core) -> PoolReport:
         holders=_holders(core),
         clients=_clients(core),
         worker_ends=core.worker_ends,
+        generation=core.generation,
     )
 
 
@@ -145,4 +146,5 @@ def _report_model(core: Core, model: Model) -> ModelReport:
         ),
         leases=Histogram.of(model.lease_waits, min(model.lease_wait_ns, LARGEST)),
         devices=_devices(core, model),
+        path=model.path,
     )

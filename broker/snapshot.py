@@ -92,6 +92,7 @@ class _Worker(_Saved, frozen=True):
     oldest_ns: int
     watched: bool
     overtaken: int
+    generation: int
     batches: list[_Batch]
 
 
@@ -124,6 +125,7 @@ class _Model(_Saved, frozen=True):
     totals: list[int]
     meters: list[SavedMeter]
     lease_waits: Histogram
+    path: str
     waiting: list[_Request]
     unasked: list[int]
     lines: list[_Line]
@@ -140,6 +142,7 @@ class _Core(_Saved, frozen=True):
     drained: bool
     violations: int
     worker_ends: int
+    generation: int
     producers: list[_Producer]
     workers: list[_Worker]
     serving: list[int]
@@ -163,6 +166,7 @@ def save(core: Core) -> bytes:
         _Core(
             *(core.leasing.next_lease, core.dispatch.next_batch, core.timers.started, core.now_ns),
             *(core.books.draining, core.drained, core.violations, core.worker_ends),
+            core.generation,
             [
                 _Producer(
                     *(one.peer, one.pid, one.closed, min(one.items, LARGEST), one.active_ns, one.overdue_ns),
@@ -198,6 +202,10 @@ def restore(core: Core, saved: bytes | memoryview) -> None:
     for worker in data.workers:
         core.workers[worker.peer] = _restore_worker(core, worker, leases)
     core.books.serving = [core.workers[peer] for peer in data.serving]
+    core.generation = data.generation
+    core.books.retiring = [
+        one for one in core.workers.values() if one.lanes and one.said is None and one.generation < data.generation
+    ]
     core.leasing.next_lease, core.dispatch.next_batch = data.next_lease, data.next_batch
     core.books.now_ns, core.books.draining, core.drained = data.now_ns, data.draining, data.drained
     core.violations, core.worker_ends = data.violations, data.worker_ends
@@ -260,7 +268,7 @@ def _save_worker(worker: Worker) -> _Worker:
     ]
     return _Worker(
         *(worker.peer, worker.pid, worker.device, worker.lanes, worker.gpu, worker.said),
-        *(worker.oldest_ns, worker.watched, worker.overtaken, batches),
+        *(worker.oldest_ns, worker.watched, worker.overtaken, worker.generation, batches),
     )
 
 
@@ -273,6 +281,7 @@ def _save_model(model: Model, virtual: int) -> _Model:
         [min(getattr(model.totals, name), LARGEST) for name in Totals.__slots__],
         [meter.save(gpu) for gpu, meter in model.meters.items()],
         Histogram.of(model.lease_waits, min(model.lease_wait_ns, LARGEST)),
+        model.path,
         [
             _Request(
                 *(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority),
@@ -331,6 +340,7 @@ def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, Le
         request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority, one.asked_ns)
         request.recalled = one.recalled
         model.add_request(request)
+    model.path = saved.path
     model.unasked = dict.fromkeys(core.producers[peer] for peer in saved.unasked)
     for queued in saved.lines:
         line = model.line(queued.gpu)
@@ -343,7 +353,7 @@ def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, Le
 
 
 def _restore_worker(core: Core, saved: _Worker, leases: dict[int, LeaseRecord]) -> Worker:
-    worker = Worker(saved.peer, saved.pid)
+    worker = Worker(saved.peer, saved.pid, saved.generation)
     worker.device, worker.lanes, worker.gpu, worker.said = saved.device, saved.lanes, saved.gpu, saved.said
     worker.oldest_ns, worker.watched, worker.overtaken = saved.oldest_ns, saved.watched, saved.overtaken
     for one in saved.batches:

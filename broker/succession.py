@@ -50,6 +50,7 @@ class Succession:
 
     Attributes:
         ready: whether the present broker is.
+        generation: of the workers that the brokers certainly send work to.
         drained: whether all work is done, after which no other broker is started.
     """
 
@@ -61,6 +62,7 @@ class Succession:
         self._clients: dict[int, tuple[int, list[int]]] = {}  # pid, lifeline and pidfd of each, for the next broker
         self._epoch = self._tries = 0
         self.ready = self.drained = False
+        self.generation = 0
 
     def start(self) -> None:
         """Start the first broker, or one that takes over from it."""
@@ -90,7 +92,9 @@ class Succession:
             lifeline.close_all(self._clients.pop(message.peer, (0, []))[1])
         elif isinstance(message, c.IsDrained):
             self.drained = True
-        elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid, c.WorkerHangs)):
+        elif isinstance(message, c.WorkersSwitched):
+            self.generation = message.generation
+        elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid, c.WorkerHangs, c.WorkerLeaves)):
             self._crew.hear(message)
 
     def hear_out(self, enough: Callable[[], bool]) -> None:
@@ -132,6 +136,8 @@ class Succession:
         for peer, (pid, fds) in self._clients.items():
             self._link.bequeath(c.PeerKept(peer, pid), fds)
         self._link.bequeath(c.TakeOver(), [])
+        if self._crew.generation:
+            self._link.bequeath(self._crew.switched(), [])
         if draining:
             self._link.bequeath(c.DrainNow(), [])
 

@@ -9,6 +9,8 @@ event here, and they end when it does.
     (look at GPUs, build plans) -> inspect models -> lay out, allocate -> listen
         -> broker ready -> workers ready -> serve -> drain -> end
 
+Meanwhile, when a command asks for it, other engines take the place of those that serve: see `reload`.
+
 This is the phases; the brokers are in `succession`, the workers in `crew`, all processes in `children`.
 """
 
@@ -36,6 +38,8 @@ from .crew import Crew, sooner
 from .exporter import Exporter, listen
 from .journal import create_table, journal_bytes
 from .planning import inspect, is_plan, lay_out, probe, requests
+from .reload.desk import Desk
+from .reload.reloads import Reloads
 from .signals import Signals, Stopped
 from .succession import Succession
 
@@ -68,6 +72,8 @@ class Supervisor:
 
     _crew: Crew  # from `_start` on, like the next
     _succession: Succession
+    _desk: Desk
+    _reloads: Reloads
 
     def __init__(
         self,
@@ -129,6 +135,11 @@ class Supervisor:
             self._exporter.start()
         self._crew.start_all()
         self._wait_for(lambda: self._crew.ready)
+        self._desk = Desk(run_dir.path, self._epoll, self._children)
+        self._stack.callback(self._desk.close)
+        self._reloads = Reloads(
+            self._settings, gpus, config.layout, self._children, self._crew, self._succession, self._desk
+        )
         self._serving = True
         self._warn_of_spinning()
         log.info("pool %r is ready in %s", settings.name, run_dir.path)
@@ -200,6 +211,7 @@ class Supervisor:
     def _serve(self) -> None:
         while not self._signals.asked:
             self._step(self._look_after_workers())
+            self._reloads.advance()
 
     def _look_after_workers(self) -> float | None:
         """Start and kill workers whose time has come; returns the seconds until the next has."""
@@ -215,6 +227,8 @@ class Supervisor:
                 self._succession.hear()
             elif fd in self._children:
                 self._child_ended(fd)
+            elif self._serving and self._desk.is_fd(fd) and (asked := self._desk.look_at(fd)) is not None:
+                self._reloads.hear(asked)
 
     def _child_ended(self, pidfd: int) -> None:
         place = self._crew.at(pidfd)
@@ -222,15 +236,21 @@ class Supervisor:
         if self._exporter is not None and self._exporter.is_child(pidfd):
             self._exporter.ended(returncode)
             return
+        if self._serving and self._reloads.is_child(pidfd):
+            self._reloads.examined(returncode)
+            return
         if place is None:
             self._succession.ended(returncode, serving=self._serving, draining=self._draining)
             return
+        is_candidate, is_leaving = place in self._crew.candidates, place in self._crew.leaving
         how = self._crew.ended(place, returncode)
         if returncode > 0:  # neither well nor by a signal, so it may have said why
             self._succession.hear_out(lambda: bool(place.said))
         if not self._serving:
             raise place.start_error(returncode)
-        if not self._succession.drained:
+        if is_candidate and place in self._crew.candidates:
+            self._reloads.candidate_ended(place, returncode)
+        elif not is_leaving and not self._succession.drained:
             self._crew.start_again(place, how)
 
     # ------------------------------------------------------------------ stopping
@@ -239,6 +259,7 @@ class Supervisor:
         """Finish what is in flight, then end the children; a second signal, or the time-out, stops at once."""
         self._draining = True
         log.info("the pool drains")
+        self._reloads.close()
         self._link.tell(c.DrainNow())
         deadline = time.monotonic() + self._settings.drain_timeout_s
         while not self._succession.drained:
@@ -248,6 +269,7 @@ class Supervisor:
                 log.error("stopped with work in flight, which is lost")
                 return 1
             self._step(sooner(left, due))
+            self._reloads.advance()
         if self._exporter is not None:
             self._exporter.stop()
         deadline = time.monotonic() + END_GRACE_S

@@ -114,10 +114,13 @@ class TurnEnd:
         for action in actions:
             if isinstance(action, e.Forget):
                 forgotten.append(action.peer)
-            elif isinstance(action, e.WorkerReady):
+            elif isinstance(action, (e.WorkerReady, e.Leaves)):
                 peer = self._peers.of.get(action.peer)
                 if peer is not None and peer.worker is not None:
-                    self._control.tell(c.WorkerIsReady(peer.worker))
+                    kind = c.WorkerIsReady if isinstance(action, e.WorkerReady) else c.WorkerLeaves
+                    self._control.tell(kind(peer.worker))
+            elif isinstance(action, e.Switched):
+                self._control.tell(c.WorkersSwitched(action.generation))
             elif isinstance(action, e.Hung):
                 self._end_worker(action)
             elif isinstance(action, (e.Overdue, e.Slow)):

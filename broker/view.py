@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport
+from trtpool.ipc.report import ClassReport, HolderReport, ModelReport, PoolReport, WorkerReport
 
 
 def _mean(total: int, count: int, unit: float) -> str:
@@ -15,6 +15,7 @@ def _mean(total: int, count: int, unit: float) -> str:
 
 def _model_rows(model: ModelReport) -> list[tuple[str, str]]:
     return [
+        ("file", model.path),
         ("slots", f"{model.slots:,} of {format_bytes(model.slot_bytes)}, {model.items_per_slot} items each"),
         (
             "now",
@@ -54,6 +55,15 @@ def _holder_text(one: HolderReport) -> str:
     )
 
 
+def _role(worker: WorkerReport, report: PoolReport) -> str:
+    """What an exchange of engines makes of a worker."""
+    if worker.generation == report.generation:
+        return f", generation {worker.generation}" if worker.generation else ""
+    return f", generation {worker.generation}, " + (
+        "finishes what it has" if worker.generation < report.generation else "stands by"
+    )
+
+
 def show_report(report: PoolReport) -> None:
     """Print a report as tables."""
     console = Console()
@@ -65,7 +75,9 @@ def show_report(report: PoolReport) -> None:
     )
     for worker in report.workers:
         place = worker.device if worker.gpu is None else f"gpu {worker.gpu}, {worker.device}"
-        console.print(f"worker {worker.pid} on {place}: {worker.batches_in_flight} batches in flight")
+        console.print(
+            f"worker {worker.pid} on {place}: {worker.batches_in_flight} batches in flight{_role(worker, report)}"
+        )
     for holder in report.holders:
         console.print(_holder_text(holder))
     for model in report.models:

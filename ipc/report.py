@@ -71,6 +71,7 @@ class ModelReport(msgspec.Struct, frozen=True):
         interactive, bulk: the classes, which together make up the figures above.
         leases: nanoseconds that requests for slots waited.
         devices: what was done where, and how its times were spread.
+        path: the file that its engines were loaded from, as the pool sees it.
     """
 
     name: str
@@ -100,16 +101,22 @@ class ModelReport(msgspec.Struct, frozen=True):
     bulk: ClassReport
     leases: Histogram = Histogram()
     devices: tuple[DeviceReport, ...] = ()
+    path: str = ""
 
 
 class WorkerReport(msgspec.Struct, frozen=True):
-    """One worker that is ready; `gpu` is the pool's number for its GPU, None on the CPU."""
+    """One worker that is ready; `gpu` is the pool's number for its GPU, None on the CPU.
+
+    `generation` tells engines apart that a reload exchanged: below the pool's, it finishes what it had before; above,
+    it stands by.
+    """
 
     pid: int
     device: str
     lanes: int
     batches_in_flight: int
     gpu: int | None = None
+    generation: int = 0
 
 
 class HolderReport(msgspec.Struct, frozen=True):
@@ -161,6 +168,7 @@ class PoolReport(msgspec.Struct, frozen=True):
         worker_ends: workers that ended, for whatever reason; others were started.
         holders: the few clients that hold the most slots, those that are overdue first.
         clients: the few that most was done for.
+        generation: of the engines that answer; rises with each reload.
     """
 
     name: str
@@ -175,3 +183,4 @@ class PoolReport(msgspec.Struct, frozen=True):
     holders: tuple[HolderReport, ...] = ()
     clients: tuple[ClientReport, ...] = ()
     worker_ends: int = 0
+    generation: int = 0

@@ -5,6 +5,7 @@
     RUN_DIR/          0700, ours                0711 where other users are allowed
         lock          0600                      0600    flock held by the supervisor while it lives; see `holder`
         lifeline      0600                      0666    AF_UNIX SOCK_SEQPACKET
+        requests      0600                      0600    the same, for commands such as `trtpool reload`
         zmq-EPOCH     0600                      0666    the broker's ROUTER, ipc://
 
 A directory whose lock is free is left over from a pool that was killed: `claim` empties it.
@@ -28,6 +29,7 @@ from .errors import NameInUse, PoolNotFound, RunDirError
 from .process import wait_ended
 
 LIFELINE: Final = "lifeline"
+REQUESTS: Final = "requests"
 LOCK: Final = "lock"
 ZMQ_PREFIX: Final = "zmq-"
 SUN_PATH_BYTES: Final = 107
@@ -261,7 +263,7 @@ def _check_mode(path: Path, wanted: int) -> None:
 
 
 def _is_socket_of_ours(entry: Path) -> bool:
-    ours = entry.name == LIFELINE or entry.name.startswith(ZMQ_PREFIX)
+    ours = entry.name in (LIFELINE, REQUESTS) or entry.name.startswith(ZMQ_PREFIX)
     return ours and stat.S_ISSOCK(entry.lstat().st_mode)
 
 

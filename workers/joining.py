@@ -18,6 +18,7 @@ from trtpool.ipc.layout import ModelLayout, plane_array
 from trtpool.ipc.lifeline import receive_description
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
+from trtpool.ipc.signature import differences
 from trtpool.ipc.tensors import ModelSpec
 
 from .engine import Planes, Times
@@ -43,14 +44,17 @@ class Joined(NamedTuple):
     models: tuple[ModelLayout, ...]
 
     def planes(self, model: int, spec: ModelSpec) -> tuple[Planes, Planes]:
-        """Input and output planes of a model, after checking that it is the one which the arena was made for.
+        """Input and output planes of a model, after checking that it fits what the arena was made for.
 
         Raises:
             ProtocolError: the file changed since the pool looked at it.
         """
         layout = self.models[model]
-        if spec != layout.spec:
-            raise ProtocolError(f"{layout.spec.path} changed while the pool started; start it again")
+        if wrong := differences(layout, spec):
+            raise ProtocolError(
+                f"{spec.path} changed after the pool had looked at it: {'; '.join(wrong)}; put the file back as it "
+                "was, or start the pool again"
+            )
         inputs, outputs = (
             {plane.spec.name: plane_array(self.segment, layout, plane) for plane in planes}
             for planes in (layout.inputs, layout.outputs)

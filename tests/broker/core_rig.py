@@ -110,9 +110,13 @@ class Rig:
         for peer in peers:  # each a process of its own, whose number is 100 and the peer's
             assert sent(self.do(e.ProducerJoined(peer, 100 + peer)), m.Welcome, peer)
 
-    def worker(self, peer: int = 10, lanes: int = 1, gpu: int | None = None) -> None:
-        assert sent(self.do(e.WorkerJoined(peer, 1000 + peer)), m.Welcome, peer)
+    def worker(self, peer: int = 10, lanes: int = 1, gpu: int | None = None, ahead: int = 0) -> None:
+        """One that is ready, of the generation that serves, or of one `ahead` of it."""
+        assert sent(self.do(e.WorkerJoined(peer, 1000 + peer, self.core.generation + ahead)), m.Welcome, peer)
         assert self.say(peer, m.Ready("cpu" if gpu is None else "a GPU", lanes, gpu)) == [e.WorkerReady(peer)]
+
+    def switch(self, generation: int, path: str = "/new.onnx") -> list[e.Action]:
+        return self.do(e.Switch(generation, [path] * len(self.core.models)))
 
     def say(self, peer: int, *messages: m.ToBroker) -> list[e.Action]:
         """What the core answers before the turn ends."""

@@ -63,6 +63,7 @@ class Device:
     lanes: int = 0
     gpu: int | None = None
     leaving: bool = False
+    generation: int = 0
     runs: dict[int, m.Run] = field(default_factory=dict)
 
 
@@ -188,7 +189,8 @@ class CoreMachine(RuleBasedStateMachine):
     def on_run(self, peer, run):
         device, model = self.working[peer], self.models[run.model]
         assert len(device.runs) <= device.lanes
-        assert not device.leaving, "it said that it must end"
+        assert not device.leaving, "it said that it must end, or was told to"
+        assert device.generation == self.rig.core.generation, "an engine that was replaced, or is yet to serve, answers"
         # Several brief batches may go together; what is left of those that failed stays together until it is halved.
         several = run.attempt or 2 * self.rig.core.models[run.model].run_ns <= BRIEF_NS
         together = MAX_TOGETHER if several else 1
@@ -239,11 +241,12 @@ class CoreMachine(RuleBasedStateMachine):
         self.living[peer] = Client()
 
     @precondition(lambda self: len(self.working) < 3)
-    @rule(lanes=st.integers(0, 3), gpu=st.integers(0, 2))
-    def worker_joins(self, lanes, gpu):
+    @rule(lanes=st.integers(0, 3), gpu=st.integers(0, 2), ahead=st.sampled_from([0, 0, 0, 1, -1]))
+    def worker_joins(self, lanes, gpu, ahead=0):
         peer, self.next_peer = self.next_peer, self.next_peer + 1
-        self.rig.do(e.WorkerJoined(peer, peer))
-        device = self.working[peer] = Device(lanes, gpu % self.gpus if self.gpus else None)
+        generation = max(0, self.rig.core.generation + ahead)
+        self.rig.do(e.WorkerJoined(peer, peer, generation))
+        device = self.working[peer] = Device(lanes, gpu % self.gpus if self.gpus else None, generation=generation)
         if lanes:
             self.rig.refused(peer, m.Ready("a device", lanes, self.gpus + gpu))
             assert self.rig.say(peer, m.Ready("a device", lanes, device.gpu)) == [e.WorkerReady(peer)]
@@ -296,6 +299,18 @@ class CoreMachine(RuleBasedStateMachine):
         if sure == 1:
             self.working[peer].leaving = True
             assert self.rig.say(peer, m.Bye(data.draw(st.sampled_from(["", "no memory"]), "why"))) == []
+
+    @rule(ahead=st.integers(0, 1), sure=st.integers(0, 3))
+    def other_engines_serve(self, ahead, sure):
+        if sure == 1:
+            generation = self.rig.core.generation + ahead
+            assert self.rig.switch(generation) == [e.Switched(generation)]
+
+    def on_bye(self, peer, _bye):
+        device = self.working[peer]
+        assert device.generation < self.rig.core.generation
+        assert not device.runs, "it was told to end before it had finished"
+        device.leaving = True
 
     def lose_runs(self, runs):
         """Slots of closed producers are not run again: they end where they stand, untold."""
@@ -545,6 +560,7 @@ class CoreMachine(RuleBasedStateMachine):
             device
             for device in self.working.values()
             if device.lanes and not device.leaving and not device.runs and {None, device.gpu} & waiting
+            if device.generation == self.rig.core.generation
         ]
         assert len(idle) <= (self.rig.core.books.suspects > 0), f"{idle} could run what waits for {waiting}"
 
@@ -609,7 +625,7 @@ class CoreMachine(RuleBasedStateMachine):
         for gpu in range(self.gpus) or [None]:
             peer, self.next_peer = self.next_peer, self.next_peer + 1
             self.rig.worker(peer, 1, gpu)
-            self.working[peer] = Device(1, gpu)
+            self.working[peer] = Device(1, gpu, generation=self.rig.core.generation)
 
 
 class VaryingMachine(CoreMachine):

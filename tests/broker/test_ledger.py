@@ -274,11 +274,12 @@ class DyingMachine(RuleBasedStateMachine):
         flat(self.immortal.handle(e.ProducerJoined(peer), self.now_ns), self.expected)
         self.ledger.join(peer, self.ledger.journal.commit(len(greeting), self.now_ns), self.now_ns)
 
-    def join_worker(self):
+    def join_worker(self, ahead=0):
         peer, self.next_peer = self.next_peer, self.next_peer + 1
         self.hearing[peer], self.workers[peer] = Hearing(), []
-        flat(self.immortal.handle(e.WorkerJoined(peer, 7), self.now_ns), self.expected)
-        self.ledger.join_worker(peer, 7, peer, self.now_ns)
+        generation = self.immortal.generation + ahead
+        flat(self.immortal.handle(e.WorkerJoined(peer, 7, generation), self.now_ns), self.expected)
+        self.ledger.join_worker(peer, 7, peer, self.now_ns, generation)
         self.frame(peer, [m.Ready("cpu", 1)])
 
     moments = st.sampled_from([None, None, None, BEFORE, TORN, AFTER])
@@ -334,6 +335,12 @@ class DyingMachine(RuleBasedStateMachine):
         self.event(e.WorkerEnded(peer, "SIGKILL"), dies)
         self.slow.discard(peer)
         self.join_worker()
+
+    @rule(dies=st.booleans())
+    def other_engines_serve(self, dies):
+        self.join_worker(ahead=1)
+        self.event(e.Switch(self.immortal.generation + 1, ["/new"] * len(self.immortal.models)), dies)
+        assert self.ledger.core.generation == self.immortal.generation
 
     @rule(data=st.data(), clogged=st.booleans())
     def clogs(self, data, clogged):

@@ -48,7 +48,7 @@ def test_a_pool_starts_says_what_it_has_and_stops(negate, run_dir):
         first, ready = pool.announced.splitlines()
         assert first == "model negate: x float32 (N, 4) -> y float32 (N, 4); 32 slots of 32 B, batches of up to 8"
         assert ready == f"ready: pool 'default' with 1 worker on the CPU, arena 8.0 KiB, in {run_dir}"
-        assert {entry.name for entry in run_dir.iterdir()} == {"lifeline", "lock", "zmq-1"}
+        assert {entry.name for entry in run_dir.iterdir()} == {"lifeline", "lock", "requests", "zmq-1"}
         assert not run_dir.stat().st_mode & 0o077
 
         assert cli("status", at).stdout.startswith("pool default: serving")

@@ -85,7 +85,7 @@ def test_planes_lie_in_the_arena(joined, arena):
 
 @pytest.mark.parametrize("changed", [{"name": "c"}, {"inputs": (Y,)}, {"outputs": (X,)}, {"batch_limit": 4}], ids=str)
 def test_a_model_that_changed_meanwhile_is_refused(changed, joined):
-    with pytest.raises(ProtocolError, match=r"/a.onnx changed while the pool started; start it again"):
+    with pytest.raises(ProtocolError, match=r"/a.onnx changed after the pool had looked at it: "):
         joined.planes(0, msgspec.structs.replace(SPEC, **changed))
 
 

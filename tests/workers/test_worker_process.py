@@ -38,7 +38,7 @@ class Worker:
         path: the model, which negates items of 4 float32.
         environment: what to set for it.
         gpu: the GPU's number; None: on the CPU.
-        limit: the largest batch that the model is thought to take.
+        max_batch: the largest batch that the pool makes.
         busy_poll: whether it is to spin.
     """
 
@@ -47,11 +47,11 @@ class Worker:
         path: Path,
         environment: Mapping[str, str],
         gpu: int | None = None,
-        limit: int = 64,
+        max_batch: int = 8,
         *,
         busy_poll: bool = False,
     ) -> None:
-        layout = plan([ModelPlan(ModelSpec("neg", str(path), (X,), (Y,), limit), 12, 1, 8)])
+        layout = plan([ModelPlan(ModelSpec("neg", str(path), (X,), (Y,), max(64, max_batch)), 12, 1, max_batch)])
         self._fd = create_segment(layout.segment_bytes)
         segment = map_segment(self._fd, layout.segment_bytes)
         (model,) = layout.models
@@ -112,11 +112,11 @@ def start(tmp_path: Path) -> Iterator[Any]:
     with ExitStack() as stack:
 
         def start(
-            device: Mapping[str, Any] | None = None, limit: int = 64, *, busy_poll: bool = False, **options: Any
+            device: Mapping[str, Any] | None = None, max_batch: int = 8, *, busy_poll: bool = False, **options: Any
         ) -> Worker:
             path = write_plan(tmp_path / "neg.plan", *neg(), **options)
             environment = make_packages(tmp_path / "packages", **(device or {}))
-            return stack.enter_context(Worker(path, environment, gpu=3, limit=limit, busy_poll=busy_poll))
+            return stack.enter_context(Worker(path, environment, gpu=3, max_batch=max_batch, busy_poll=busy_poll))
 
         yield start
 
@@ -169,7 +169,7 @@ def test_a_fault_of_the_device_ends_the_worker_with_its_reason(busy_poll, start)
     [
         ({"memory_bytes": 200}, {}, DeviceUnavailable, "the GPU's memory is too small for lane 1 of 3"),
         ({}, {"capability": [8, 6]}, ModelError, "was built for another GPU than Fake GPU"),
-        ({}, {"limit": 32}, ProtocolError, "changed while the pool started; start it again"),
+        ({}, {"max_batch": 65}, ProtocolError, "it takes batches of up to 64, and the pool makes batches of up to 65"),
     ],
     ids=["no memory", "another GPU", "changed"],
 )
@@ -190,7 +190,7 @@ def test_a_worker_on_the_cpu_that_cannot_load_says_why(tmp_path):
     with Worker(tmp_path / "missing.onnx", {}) as worker:
         check_refusal(worker, ModelError, "missing.onnx")
     with Worker(save(MODELS["mean"].model, tmp_path), {}) as worker:
-        check_refusal(worker, ProtocolError, "changed while the pool started")
+        check_refusal(worker, ProtocolError, "changed after the pool had looked at it")
 
 
 def check_refusal(worker: Worker, kind: type[TrtpoolError], words: str) -> None:

@@ -1,0 +1,10 @@
+"""`trtpool reload`: other engines of the same signature for a pool that serves.
+
+::
+
+    requests   what a command asks of the supervisor over RUN_DIR/requests, and the asking
+    desk       the supervisor's end of that
+    reloads    what becomes of a request: examined --> loaded by workers that stand by --> switched --> old ones end
+    examine    a child that looks at the new files, and builds those that must be
+    command    the command line
+"""

@@ -1,0 +1,141 @@
+"""What a command asks of a supervisor, over a socket in the run directory that its user alone can connect to.
+
+::
+
+    command                        supervisor
+      | --- ReloadRequest ----------> |
+      | <-- Progress ---------------- |  any number
+      | <-- Reloaded or Refusal ----- |  last
+      x --- end of file ------------> |  before the switch: it is called off
+
+A packet is one message as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+
+from trtpool.broker.planning import error_of
+from trtpool.ipc import rundir
+from trtpool.ipc.errors import PoolBusy, PoolClosed, PoolNotFound, ProtocolError, RunDirError
+from trtpool.ipc.settings import ModelSource, Refusal
+
+PACKET_BYTES: Final = 160 * 1024
+"""Most bytes of one message."""
+
+
+SWITCHED: Final = "switched"
+"""How the progress begins that tells of the switch."""
+
+
+class ReloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):
+    """Load these files in place of what models of these names have; the name ``""``: the pool's only model."""
+
+    models: Annotated[tuple[ModelSource, ...], msgspec.Meta(min_length=1, max_length=1024)]
+
+
+class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="progress"):
+    """What is being done, for the user."""
+
+    text: str
+
+
+class Reloaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reloaded"):
+    """The new engines, of this generation, answer all, and the old ones have ended."""
+
+    generation: int
+
+
+class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
+    """Nothing has changed, and why."""
+
+    refusal: Refusal
+
+
+Answer: TypeAlias = Progress | Reloaded | Refused
+
+_decode_answer = msgspec.json.Decoder(Answer).decode
+decode_request = msgspec.json.Decoder(ReloadRequest).decode
+encode = msgspec.json.Encoder().encode
+
+
+def reload(
+    run_dir: Path,
+    models: Sequence[ModelSource],
+    *,
+    timeout_s: float | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> int:
+    """Have the pool in `run_dir` exchange engines; returns the new generation, when no old engine runs any more.
+
+    Args:
+        run_dir: the pool's.
+        models: new files, by absolute path as the pool sees them, and the names of the models that they are for.
+        timeout_s: seconds until it is called off, if the new engines do not answer yet; None: none.
+        say: called with a line on each step.
+
+    Raises:
+        PoolNotFound: no pool runs there.
+        RunDirError: it is another user's.
+        ConfigError, ModelError, DeviceUnavailable, StartFailed: the files cannot take the place of what is served, and
+            why; nothing has changed.
+        PoolBusy: another reload is under way, or the time is over.
+        PoolClosed: the pool ended meanwhile, or is being stopped.
+    """
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    switched = False
+    with _connect(run_dir) as sock:
+        with contextlib.suppress(ConnectionError):  # it ended, as `_receive` finds
+            sock.send(encode(ReloadRequest(tuple(models))))
+        while True:
+            sock.settimeout(None if deadline is None else max(1e-3, deadline - time.monotonic()))
+            answer = _receive(sock, switched=switched)
+            if isinstance(answer, Reloaded):
+                return answer.generation
+            if isinstance(answer, Refused):
+                raise error_of(answer.refusal)
+            switched = switched or answer.text.startswith(SWITCHED)
+            say(answer.text)
+
+
+def _receive(sock: socket.socket, *, switched: bool) -> Answer:
+    data = b""
+    try:
+        with contextlib.suppress(ConnectionError):
+            data = sock.recv(PACKET_BYTES)
+        if not data:
+            raise PoolClosed("the pool ended while it was to load other engines; start it again")
+        answer: Answer = _decode_answer(data)
+    except TimeoutError:
+        if switched:
+            raise PoolBusy("the new engines answer, and old ones still finish what they had; wait") from None
+        raise PoolBusy("the new engines were not ready in time, so it was called off; give a longer time-out") from None
+    except msgspec.MsgspecError as error:
+        raise ProtocolError(f"the pool's answer cannot be read ({error}); is it of another version?") from error
+    return answer
+
+
+def _connect(run_dir: Path) -> socket.socket:
+    if not run_dir.exists():
+        raise PoolNotFound(f"no pool runs in {run_dir}; start one with `trtpool start`")
+    rundir.check_private(run_dir, entered=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    try:
+        sock.connect(os.fspath(run_dir / rundir.REQUESTS))
+    except PermissionError as error:
+        sock.close()
+        raise RunDirError(f"the pool in {run_dir} takes requests from the user who started it alone") from error
+    except OSError as error:
+        sock.close()
+        raise PoolNotFound(
+            f"no pool answers in {run_dir} ({error.strerror or error}); start one with `trtpool start`"
+        ) from error
+    return sock
