@@ -34,7 +34,7 @@ from trtpool.ipc.signature import differences
 
 from .desk import Asked, Asker, Desk
 from .examine import ExamineConfig, Examined
-from .requests import SWITCHED, Progress, Reloaded, ReloadRequest
+from .requests import Progress, Reloaded, ReloadRequest
 
 log = logging.getLogger("trtpool.supervisor")
 
@@ -124,7 +124,7 @@ class Reloads:
             crew.switch()
             self._settings = self._wanted
             log.info("other engines serve from now on: %s", self._describe())
-            self._say(f"{SWITCHED}: the new engines answer from now on, and the old ones finish what they have")
+            self._say("switched: the new engines answer from now on, and the old ones finish what they have", switched=True)
         elif self._asker is not None and self._is_over:
             self._asker.tell(Reloaded(crew.generation))
             self._end()
@@ -194,9 +194,9 @@ class Reloads:
             self._desk.dismiss(self._asker)
         self._asker = None
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, *, switched: bool = False) -> None:
         if self._asker is not None:
-            self._asker.tell(Progress(text))
+            self._asker.tell(Progress(text, switched))
 
     def _describe(self) -> str:
         new = [f"{one.name} from {one.path}" for one in self._settings.models if one.name in self._names]

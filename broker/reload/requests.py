@@ -32,10 +32,6 @@ PACKET_BYTES: Final = 160 * 1024
 """Most bytes of one message."""
 
 
-SWITCHED: Final = "switched"
-"""How the progress begins that tells of the switch."""
-
-
 class ReloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):
     """Load these files in place of what models of these names have; the name ``""``: the pool's only model."""
 
@@ -43,9 +39,10 @@ class ReloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag
 
 
 class Progress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="progress"):
-    """What is being done, for the user."""
+    """What is being done, for the user; `switched`: the new engines answer."""
 
     text: str
+    switched: bool = False
 
 
 class Reloaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reloaded"):
@@ -102,7 +99,7 @@ def reload(
                 return answer.generation
             if isinstance(answer, Refused):
                 raise error_of(answer.refusal)
-            switched = switched or answer.text.startswith(SWITCHED)
+            switched = switched or answer.switched
             say(answer.text)
 
 
