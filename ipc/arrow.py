@@ -5,7 +5,7 @@ No Python code runs for a row.  The copies that there are::
     Arrow buffer --NumPy--> slots --engine--> slots --NumPy--> Arrow buffer     infer, map_batches
     Arrow buffer --NumPy--> slots --engine--> slots                             fill, view
 
-`view` is safe without a copy because of how slots go back (`trtpool.ipc.handles`): the buffers of what it gives hold
+`view` is safe without a copy because of how slots go back (`trtpool.ipc.claims`): the buffers of what it gives hold
 the root array of the lease, so the slots stay this client's until the last of them has ended.
 """
 

@@ -25,10 +25,11 @@ import numpy.typing as npt
 from .client import Client
 from .errors import InvalidInput
 from .extras import load_extra
-from .handles import Leases, Result, Submitted
+from .handles import Leases, Result
 from .layout import ModelLayout
 from .remote import PoolHandle
 from .settings import Priority
+from .submitted import Submitted
 from .tensors import TensorSpec, check_array
 
 

@@ -14,11 +14,13 @@ from typing import Any, Final, Generic, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .claims import Claim
 from .errors import InvalidInput, WorkError
-from .handles import Claim, Lease, Leases, Result, Submitted
+from .handles import Lease, Leases, Result
 from .layout import ModelLayout
 from .session import Request, Session, check_priority
 from .settings import Priority
+from .submitted import Submitted
 
 T = TypeVar("T")
 

@@ -21,11 +21,13 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .claims import LEASED, Claim, Tensors
 from .errors import InvalidInput, WorkError, describe_item
-from .handles import LEASED, Claim, Result, Submitted, Tensors
+from .handles import Result
 from .session import Request, Session, check_priority
 from .settings import Priority
 from .sources import AsyncSource
+from .submitted import Submitted
 from .waiting import Stopped, Target
 
 T = TypeVar("T")

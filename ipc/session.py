@@ -22,13 +22,14 @@ from typing import Any, Final
 
 from . import messages as m
 from .arena import Residence, map_segment
+from .claims import DONE, LEASED, SUBMITTED, Claim
 from .errors import ForkedClient, InvalidInput, LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
-from .handles import DONE, LEASED, SUBMITTED, Claim, Submitted
 from .layout import Layout, ModelLayout, Plane
 from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
 from .link import LINGER_MS, TRANSPORTS, Attendant
 from .settings import BULK, PRIORITIES
+from .submitted import Submitted
 from .variation import Variation
 from .waiting import LONGEST_SLEEP_S, AnyOf, Background, Driver, Stopped, Target, Waitable
 

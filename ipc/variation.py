@@ -19,7 +19,7 @@ from .errors import InvalidInput, ProtocolError
 from .layout import ModelLayout, Plane
 
 if TYPE_CHECKING:
-    from .handles import Claim
+    from .claims import Claim
 
 Shape = tuple[int, ...]
 

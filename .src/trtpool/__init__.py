@@ -43,7 +43,7 @@ from trtpool.ipc.errors import (
     WorkerDied,
     WorkError,
 )
-from trtpool.ipc.handles import Lease, Leases, Result, Submitted
+from trtpool.ipc.handles import Lease, Leases, Result
 from trtpool.ipc.histogram import Histogram
 from trtpool.ipc.remote import PoolHandle, connect
 from trtpool.ipc.report import (
@@ -57,6 +57,7 @@ from trtpool.ipc.report import (
 )
 from trtpool.ipc.settings import Priority
 from trtpool.ipc.streams import Stream
+from trtpool.ipc.submitted import Submitted
 from trtpool.ipc.timings import Timings
 
 __version__ = "0.1.0"

@@ -124,7 +124,9 @@ class Reloads:
             crew.switch()
             self._settings = self._wanted
             log.info("other engines serve from now on: %s", self._describe())
-            self._say("switched: the new engines answer from now on, and the old ones finish what they have", switched=True)
+            self._say(
+                "switched: the new engines answer from now on, and the old ones finish what they have", switched=True
+            )
         elif self._asker is not None and self._is_over:
             self._asker.tell(Reloaded(crew.generation))
             self._end()

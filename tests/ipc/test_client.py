@@ -15,9 +15,9 @@ import pytest
 from tests.ipc.fake_pool import MODEL, NET_S, SUM, FakePool, figures, in_turn, until
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import InvalidInput, PoolClosed, PoolError, PoolNotFound
-from trtpool.ipc.handles import Submitted
 from trtpool.ipc.link import TRANSPORTS, ZmqLink
 from trtpool.ipc.remote import connect
+from trtpool.ipc.submitted import Submitted
 
 Event = Callable[[FakePool], None]
 ENDS: dict[str, tuple[Event, str]] = {

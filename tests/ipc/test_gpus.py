@@ -13,8 +13,8 @@ from tests.ipc.fake_pool import NET_S, FakePool, states, until
 from trtpool.ipc import remote
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import InvalidInput
-from trtpool.ipc.handles import Submitted
 from trtpool.ipc.remote import PoolHandle
+from trtpool.ipc.submitted import Submitted
 
 X = np.arange(24, dtype=np.float32).reshape(6, 4)
 

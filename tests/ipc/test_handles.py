@@ -18,7 +18,8 @@ from tests.ipc.fake_pool import BAD, NET_S, FakePool, Threads, figures, in_turn,
 from trtpool.ipc import session as session_module
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import EngineFailed, InvalidInput, SpentHandle
-from trtpool.ipc.handles import Lease, Result, Submitted
+from trtpool.ipc.handles import Lease, Result
+from trtpool.ipc.submitted import Submitted
 
 ALL_FREE = (16, 0, 0, 0, 0)
 

@@ -32,8 +32,9 @@ from trtpool.ipc.errors import (
     PoolBusy,
     PoolClosed,
 )
-from trtpool.ipc.handles import Lease, Result, Submitted
+from trtpool.ipc.handles import Lease, Result
 from trtpool.ipc.link import MAX_SENT, TRANSPORTS, Link
+from trtpool.ipc.submitted import Submitted
 
 ALL_FREE = (16, 0, 0, 0, 0)
 CAP = 12

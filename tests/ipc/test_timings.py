@@ -83,11 +83,12 @@ def test_a_client_that_does_not_read_has_a_long_delivery(pool, client):
 
 
 def test_work_that_waits_for_a_worker_has_a_long_queue(pool, client):
-    with pool.held(), client.lease_many(8) as leases:
+    with pool.held(), client.lease_many(12) as leases:  # more than a worker is sent
         submitted = [lease.submit() for lease in leases.slots()]
-        queued_ns = time.monotonic_ns()
         other = pool.connect()
-        until(other, lambda now: now.running > 0)
+        until(other, lambda now: now.queued + now.running == len(submitted))
+        queued_ns = time.monotonic_ns()
+        until(other, lambda now: now.queued > 0)
         waited_ns = time.monotonic_ns() - queued_ns
         pool.go()
         timings = [one.result(NET_S).timings for one in submitted]

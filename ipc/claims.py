@@ -1,0 +1,232 @@
+"""What a client knows of slots that it holds, and the views of them.
+
+A NumPy view cannot be taken back.  So all views of a lease hang on one *root* array, and the slots go back
+only after `release()` *and* the end of the last view: an array that somebody kept keeps its slots, and never
+shows somebody else's data.  Slices, reshapes, memoryviews and DLPack capsules of a view keep the root alive
+too, since NumPy makes them hold the root.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import messages as m
+from .errors import InvalidInput, SpentHandle
+from .layout import ModelLayout, Plane
+from .settings import BULK
+from .tensors import check_array
+from .timings import Timings, timings_of
+from .variation import Variation
+
+if TYPE_CHECKING:
+    from .handles import Result
+    from .session import Session
+
+LEASED, SUBMITTED, DONE, RELEASED = range(4)
+_STATE_TEXT = (
+    "is not submitted yet; call submit()",
+    "was submitted; its inputs belong to the pool until the result is there",
+    "has its result already; lease new slots for the next item",
+    "was released; lease new slots",
+)
+
+
+class Claim:
+    """Slots of one lease that are handled together; shared by the handles of its states.
+
+    When the last handle is dropped without `release()`, the slots go back all the same.
+
+    Attributes:
+        lease_ns: how long they were waited for.
+        leased_ns, submitted_ns, received_ns: when they were handed out, submitted, and the end of that was heard.
+        done: what was heard; see `timings`, which is made of these when somebody asks.
+    """
+
+    __slots__ = (
+        "at", "count", "done", "first", "lease_id", "lease_ns", "leased_ns", "model", "model_index", "priority",
+        "received_ns", "released", "results", "root_ref", "session", "shapes", "state", "submitted_ns",
+    )  # fmt: skip
+
+    def __init__(self, session: Session, model_index: int, lease_id: int, first: int, at: int, count: int) -> None:
+        self.session = session
+        self.model_index = model_index
+        self.model: ModelLayout = session.layout.models[model_index]
+        self.lease_id = lease_id
+        self.first = first
+        self.at = at
+        self.count = count
+        self.lease_ns = self.leased_ns = self.submitted_ns = self.received_ns = 0
+        self.done: m.Done | None = None
+        self.priority = BULK
+        self.state = LEASED
+        self.released = False
+        self.root_ref: weakref.ref[npt.NDArray[Any]] | None = None
+        self.shapes: dict[int, dict[str, tuple[int, ...]]] = {}  # of inputs, by slot, where not the largest
+        self.results: dict[int, m.Shapes] = {}  # of outputs that vary, by slot
+
+    def root(self) -> npt.NDArray[Any]:
+        """The array that all views of these slots hang on."""
+        root = self.root_ref() if self.root_ref is not None else None
+        if root is None:
+            segment = self.session.segment
+            # Made from the mapping, not from another array: NumPy lets a view of a view hold the first array of
+            # its kind, which must be this one.
+            root = np.ndarray((len(segment),), np.uint8, segment)
+            self.root_ref = weakref.ref(root)
+        return root
+
+    def view(self, plane: Plane, row: int | None) -> npt.NDArray[Any]:
+        """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``.
+
+        `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item, or one of the tensor.
+        """
+        model, spec = self.model, plane.spec
+        if spec.least is not None:
+            return self.variation.view(self, plane, row, done=self.state == DONE)
+        shape = spec.shape
+        if model.items_per_slot > 1 and not spec.shared:
+            shape = (model.items_per_slot, *shape)
+        if row is None:
+            shape = (self.count, *shape)
+        row_bytes = model.row_bytes(plane)
+        offset = plane.offset + (self.first + (row or 0)) * row_bytes
+        self.session.residence.touch(offset, row_bytes if row is not None else self.count * row_bytes)
+        return np.ndarray(shape, spec.numpy_dtype, self.root(), offset)
+
+    @property
+    def variation(self) -> Variation:
+        """In what the model's items differ."""
+        return self.session.models[self.model_index].variation
+
+    def split(self, at: int, count: int) -> Claim:
+        """A claim on `count` of these slots from `at`; the caller gives up this one.
+
+        Arrays that somebody keeps of this one keep the parts' slots too: nothing tells which of them they show.
+        """
+        claim = Claim(self.session, self.model_index, self.lease_id, self.first + at, self.at + at, count)
+        claim.lease_ns, claim.leased_ns = self.lease_ns, self.leased_ns
+        claim.priority = self.priority
+        claim.root_ref = self.root_ref
+        if self.shapes:
+            claim.shapes = {row - at: shapes for row, shapes in self.shapes.items() if at <= row < at + count}
+        return claim
+
+    @property
+    def timings(self) -> Timings | None:
+        """Where the time went; None: the end was not heard."""
+        if self.done is None:
+            return None
+        return timings_of(self.lease_ns, self.leased_ns, self.submitted_ns, self.done, self.received_ns)
+
+    def require(self, state: int) -> None:
+        """Raise `SpentHandle` unless the slots are in `state`."""
+        self.session.check_process()
+        if self.released or self.state != state:
+            raise SpentHandle(f"this handle {_STATE_TEXT[RELEASED if self.released else self.state]}")
+
+    def release(self) -> None:
+        """Give the slots back, when the last view of them has ended.  Again: nothing."""
+        if not self.released:
+            self.session.release(self)
+
+    def __del__(self) -> None:
+        # `released` may be missing when __init__ failed; a finalizer never raises.
+        if getattr(self, "released", True):
+            return
+        self.released = True
+        self.session.release_dropped(self)  # first, for warnings may be errors
+        if self.state == LEASED and not (self.session.closed or self.session.forked):
+            warnings.warn(
+                f"{self.count} leased slots were dropped without submit() or release(); "
+                "use `with pool.lease() as slot:`",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+
+class Tensors(Mapping[str, npt.NDArray[Any]]):
+    """Names to views of the arena; each access makes one, and a spent handle raises `SpentHandle`."""
+
+    __slots__ = ("_claim", "_planes", "_row", "_state", "_valid")
+
+    def __init__(
+        self, claim: Claim, planes: dict[str, Plane], state: int, row: int | None, valid: Result | None = None
+    ) -> None:
+        self._claim = claim
+        self._planes = planes
+        self._state = state
+        self._row = row
+        self._valid = valid
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        self._claim.require(self._state)
+        if self._valid is not None and self._valid.spent:
+            raise SpentHandle("this result was passed by; copy what you keep before the next item, or list its arrays")
+        return self._claim.view(self._plane(name), self._row)
+
+    def __setitem__(self, name: str, array: npt.ArrayLike) -> None:
+        """Write an input: ``inputs["x"] = array`` gives it the array's shape, and copies.
+
+        The array has the shape of ``inputs["x"]``, where items may differ any within the model's range.
+
+        Raises:
+            InvalidInput: shape or dtype do not fit, or this is an output.
+            SpentHandle: submitted or released.
+        """
+        claim, plane = self._claim, self._plane(name)
+        self._require_inputs(name)
+        leading = () if self._row is not None else (claim.count,)
+        if claim.model.items_per_slot > 1 and not plane.spec.shared:
+            leading = (*leading, claim.model.items_per_slot)
+        given = check_array(plane.spec, array, leading)
+        self.shaped(name, given.shape[len(leading) :])[...] = given
+
+    def shaped(self, name: str, shape: Sequence[int]) -> npt.NDArray[Any]:
+        """An input to write in place, for items of `shape`, which goes out with the submission.
+
+        Args:
+            name: the input.
+            shape: of one item, within the range of `TensorSpec.least` and `TensorSpec.shape`.
+
+        Returns:
+            The array, dense, with the axes that ``inputs[name]`` has in front of an item's.  Each input has the largest
+            shape until this is called, and the last shape that it is given counts.
+
+        Raises:
+            InvalidInput: the shape is not within the model's range, or this is an output.
+            SpentHandle: submitted or released.
+        """
+        claim, plane = self._claim, self._plane(name)
+        self._require_inputs(name)
+        claim.variation.set_shape(claim, plane, self._row, tuple(map(operator.index, shape)))
+        return self[name]
+
+    def _require_inputs(self, name: str) -> None:
+        if self._state != LEASED:
+            raise InvalidInput(f"{name!r} is an output, which the model writes; copy it to change it")
+        self._claim.require(LEASED)
+
+    def _plane(self, name: str) -> Plane:
+        plane = self._planes.get(name)
+        if plane is None:
+            raise InvalidInput(f"the model has no tensor {name!r} here; it has {', '.join(map(repr, self._planes))}")
+        return plane
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._planes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._planes)
+
+    def __len__(self) -> int:
+        return len(self._planes)
+
+    def __repr__(self) -> str:
+        return f"<views of {', '.join(self._planes)}>"
