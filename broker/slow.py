@@ -1,7 +1,7 @@
 """Requests that took long, told with their story: where their time went, and which batch they were in.
 
 One line a second at most, about the slowest of a batch; it says how many others there were.  What a client waited for
-its slots, and how late it reads, only the client knows: it logs its own, see `trtpool.ipc.session`.
+its slots, and how late it reads, only the client knows: it logs its own, see `trtpool.ipc.inflight`.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -134,14 +135,14 @@ class Claim:
     def release(self) -> None:
         """Give the slots back, when the last view of them has ended.  Again: nothing."""
         if not self.released:
-            self.session.release(self)
+            self.session.returns.release(self)
 
     def __del__(self) -> None:
         # `released` may be missing when __init__ failed; a finalizer never raises.
         if getattr(self, "released", True):
             return
         self.released = True
-        self.session.release_dropped(self)  # first, for warnings may be errors
+        self.session.returns.drop(self)  # first, for warnings may be errors
         if self.state == LEASED and not (self.session.closed or self.session.forked):
             warnings.warn(
                 f"{self.count} leased slots were dropped without submit() or release(); "
@@ -149,6 +150,32 @@ class Claim:
                 ResourceWarning,
                 stacklevel=2,
             )
+
+
+class ModelState:
+    """What the client keeps of one model.
+
+    Attributes:
+        inputs, outputs: planes by tensor name.
+        cap: slots this client may hold.
+        held: slots it holds.
+        variation: in what its items differ.
+        spares: claims granted in advance, by a Submit's `again`.
+        step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
+            will lease as many again.
+    """
+
+    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "variation", "varies")
+
+    def __init__(self, layout: ModelLayout, cap: int) -> None:
+        self.inputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.inputs}
+        self.outputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.outputs}
+        self.variation = Variation(layout)
+        self.varies = bool(self.variation)
+        self.cap = cap
+        self.held = 0
+        self.step = self.steps = 0
+        self.spares: deque[Claim] = deque()
 
 
 class Tensors(Mapping[str, npt.NDArray[Any]]):

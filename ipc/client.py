@@ -17,10 +17,11 @@ import numpy.typing as npt
 from .errors import InvalidInput
 from .handles import Lease, Leases
 from .inference import Inference, Job
+from .inflight import check_priority
 from .layout import ModelLayout
 from .mapping import Mapper
 from .report import PoolReport
-from .session import Session, check_priority
+from .session import Session
 from .settings import DEFAULT_TRANSPORT, Priority
 from .streams import Stream
 from .tensors import check_array
@@ -100,7 +101,7 @@ class Client:
             PoolClosed: the pool has ended or is stopping.
             ForkedClient: this process forked from the one that connected.
         """
-        claims = self.session.claim(self.model_index(model), 1, timeout_s, check_priority(priority))
+        claims = self.session.requests.claim(self.model_index(model), 1, timeout_s, check_priority(priority))
         return Lease(claims[0], single=True)
 
     def lease_many(
@@ -115,7 +116,7 @@ class Client:
         count = operator.index(count)
         if count < 1:
             raise InvalidInput(f"lease_many() takes a count of at least 1, got {count}")
-        claims = self.session.claim(self.model_index(model), count, timeout_s, check_priority(priority))
+        claims = self.session.requests.claim(self.model_index(model), count, timeout_s, check_priority(priority))
         return Leases(Lease(claim, single=False) for claim in claims)
 
     def infer(
@@ -233,7 +234,7 @@ class Client:
             PoolBusy: no answer within 10 s.
             PoolClosed: the pool ended.
         """
-        return msgspec.json.decode(self.session.report(STATUS_TIMEOUT_S), type=PoolReport)
+        return msgspec.json.decode(self.session.requests.report(STATUS_TIMEOUT_S), type=PoolReport)
 
     def handle(self) -> PoolHandle:
         """Something that can be pickled, or carried over a fork, and connects by itself, once in each process."""

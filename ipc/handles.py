@@ -86,7 +86,7 @@ class Lease:
                 of different shapes, or slots that differ in a shared input, were to go together.
             PoolClosed: the pool ended.
         """
-        return self._claim.session.submit(self._claim, self._row, items, deadline_s, gpu, priority)
+        return self._claim.session.work.submit(self._claim, self._row, items, deadline_s, gpu, priority)
 
     def slots(self) -> list[Lease]:
         """One handle for each slot, to submit and release each by itself; this one is spent."""

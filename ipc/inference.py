@@ -17,8 +17,10 @@ import numpy.typing as npt
 from .claims import Claim
 from .errors import InvalidInput, WorkError
 from .handles import Lease, Leases, Result
+from .inflight import check_priority
 from .layout import ModelLayout
-from .session import Request, Session, check_priority
+from .requests import Request
+from .session import Session
 from .settings import Priority
 from .submitted import Submitted
 
@@ -125,7 +127,7 @@ class Inference(Generic[T]):
         layout = session.layout.models[model]
         self._specs = {spec.name: spec for spec in layout.spec.inputs}
         self._per_slot = layout.items_per_slot
-        self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.room(model)))
+        self._most = max(1, min(layout.max_batch // layout.items_per_slot, session.requests.room(model)))
         self._begun: deque[Job[T]] = deque()
         self._exhausted = False
         self._in_flight: deque[_Span] = deque()
@@ -147,7 +149,7 @@ class Inference(Generic[T]):
                     return
         finally:
             if self._request is not None:
-                self._session.abandon(self._request)
+                self._session.requests.abandon(self._request)
             for span in self._in_flight:
                 span.submitted.release()
 
@@ -168,13 +170,15 @@ class Inference(Generic[T]):
             return None
         if self._request is None:
             count = min(self._most, -(-(job.total - job.start) // self._per_slot))
-            spare = self._session.take_spare(self._model, count, self._priority)
+            spare = self._session.requests.take_spare(self._model, count, self._priority)
             if spare is not None:
                 return [spare]
         else:
             count = self._request.count
         busy = bool(self._in_flight)
-        self._request = self._session.ask_amid(self._request, self._model, count, self._timeout_s, busy, self._priority)
+        self._request = self._session.requests.ask_amid(
+            self._request, self._model, count, self._timeout_s, busy, self._priority
+        )
         if self._in_flight:
             oldest = self._in_flight[0].submitted
             if not self._session.wait_any([self._request, oldest], self._timeout_s):
@@ -182,7 +186,7 @@ class Inference(Generic[T]):
             if not self._request.over:
                 return None
         request, self._request = self._request, None
-        return self._session.answer(request)
+        return self._session.requests.answer(request)
 
     def _submit(self, job: Job[T], claims: list[Claim]) -> None:
         leases = Leases(Lease(claim, single=False) for claim in claims)

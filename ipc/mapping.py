@@ -24,7 +24,9 @@ import numpy.typing as npt
 from .claims import LEASED, Claim, Tensors
 from .errors import InvalidInput, WorkError, describe_item
 from .handles import Result
-from .session import Request, Session, check_priority
+from .inflight import check_priority
+from .requests import Request
+from .session import Session
 from .settings import Priority
 from .sources import AsyncSource
 from .submitted import Submitted
@@ -172,18 +174,18 @@ class Mapper(Generic[T]):
         count = self._run_slots
         if self._slots_out + count > self._window:
             return None
-        spare = self._session.take_spare(self._model, count, self._priority)
+        spare = self._session.requests.take_spare(self._model, count, self._priority)
         if spare is not None:
             self._slots_out += count
             return spare
         busy = bool(self._in_flight)
-        self._request = self._session.ask_amid(
+        self._request = self._session.requests.ask_amid(
             self._request, self._model, count, self._timeout_s, busy, self._priority, self._stop
         )
         if self._in_flight and not self._request.over:
             return None
         request, self._request = self._request, None
-        granted = self._session.answer(request, self._stop)
+        granted = self._session.requests.answer(request, self._stop)
         self._slots_out += sum(claim.count for claim in granted)
         self._claims.extend(granted)
         return self._claims.popleft()
@@ -283,7 +285,7 @@ class Mapper(Generic[T]):
     def _submit(self, claim: Claim, batch: list[T], items: int) -> None:
         again = 0 if self._exhausted else claim.count
         try:
-            submitted = self._session.submit_again(claim, None, items, None, again, self._gpu)
+            submitted = self._session.work.submit_again(claim, None, items, None, again, self._gpu)
         except BaseException:
             claim.release()
             raise
@@ -345,13 +347,13 @@ class Mapper(Generic[T]):
     def clean_up(self) -> None:
         """Give everything back, whether the stream ended, failed, or was left by its reader."""
         if self._request is not None:
-            self._session.abandon(self._request)
+            self._session.requests.abandon(self._request)
         for claim in self._claims:
             claim.release()
         for part in self._in_flight:
             if part.submitted is not None:
                 part.submitted.release()
-        self._session.return_spares(self._model)
+        self._session.requests.return_spares(self._model)
 
 
 def _has_ended(part: Part[Any]) -> bool:

@@ -158,7 +158,7 @@ class Submitted(Future[Result]):
         Returns whether it has ended so already, which right after asking it has not.
         """
         if not self.over:
-            self.claim.session.cancel(self.claim)
+            self.claim.session.work.cancel(self.claim)
         return self.cancelled()
 
     def cancelled(self) -> bool:

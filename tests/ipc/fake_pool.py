@@ -338,7 +338,7 @@ def figures(client: Client, model: int = 0) -> ModelReport:
     """The pool's figures of a model after all that `client` has sent, with nothing granted to it in advance."""
     gc.collect()
     for index in range(len(client.models)):
-        client.session.return_spares(index)
+        client.session.requests.return_spares(index)
     return client.status().models[model]
 
 

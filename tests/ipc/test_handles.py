@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.ipc.fake_pool import BAD, NET_S, FakePool, Threads, figures, in_turn, states, until
-from trtpool.ipc import session as session_module
+from trtpool.ipc import returns
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import EngineFailed, InvalidInput, SpentHandle
 from trtpool.ipc.handles import Lease, Result
@@ -317,7 +317,7 @@ def test_arrays_outlive_the_client(pool):
 def test_slots_kept_for_long_are_worth_a_warning(client, monkeypatch):
     with client.lease() as lease:
         kept = write(lease, 1).result(NET_S).outputs["y"]
-    monkeypatch.setattr(session_module, "KEPT_WARNING_S", -1.0)
+    monkeypatch.setattr(returns, "KEPT_WARNING_S", -1.0)
     with pytest.warns(ResourceWarning, match="1 slots were released -1 s ago and an array of them is still alive"):
         client.status()
     with warnings.catch_warnings():
@@ -498,7 +498,7 @@ def test_results_hold_no_reference_cycle(pool, client):
         result: Result | None = write(client.lease(), 1).result(NET_S)
         assert result is not None
         del result
-        client.session.return_spares(0)
+        client.session.requests.return_spares(0)
         assert client.status().models[0].free == 16
     finally:
         gc.enable()

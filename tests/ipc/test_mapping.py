@@ -70,7 +70,7 @@ def test_unordered_yields_what_ends_first(pool, client):
         thread.start()
         other = pool.connect()
         until(other, lambda now: now.running + now.queued == 12 and now.queued >= 3)
-        last = max(client.session._pending.values(), key=lambda work: work.seq)
+        last = max(client.session.work._pending.values(), key=lambda work: work.seq)
         last.cancel()
         thread.join(NET_S)
         value, error = got[0]

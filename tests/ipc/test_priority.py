@@ -126,7 +126,7 @@ def by_one(client: Client, priority: Priority) -> None:
 def test_requests_that_wait_are_told_apart(pool: FakePool, client: Client) -> None:
     other = pool.connect()
     with client.lease_many(12), other.lease_many(4):
-        asked = pool.connect().session
+        asked = pool.connect().session.requests
         for priority in (0, 1, 1):
             asked.ask(0, 1, None, priority=priority)
         now = until(client, lambda now: now.waiting == 3)
@@ -163,5 +163,5 @@ def test_what_is_released_and_not_said_is_never_more_than_what_was_granted_in_ad
     assert sum(spare.count for spare in session.models[0].spares) == 1
     for slot in leases.slots():
         slot.release()
-    waiting = sum(message.count for message in session._outgoing if hasattr(message, "count"))
+    waiting = sum(message.count for message in session.wire._outgoing if hasattr(message, "count"))
     assert waiting <= 1

@@ -572,13 +572,13 @@ def test_many_releases_are_sent_in_frames_that_the_broker_takes(make_pool):
     client = pool.connect()
     with client.lease_many(slots) as leases:
         every = leases.slots()
-    with client.session._driver:
-        client.session._dropped.extend(map(_kept, every))
+    with client.session.wire.driver:
+        client.session.returns.dropped.extend(map(_kept, every))
     assert client.status().models[0].free == slots
 
 
 def _kept(lease: Lease) -> Any:
-    from trtpool.ipc.session import Kept
+    from trtpool.ipc.returns import Kept
 
     lease._claim.released = True
     return Kept(lease._claim)

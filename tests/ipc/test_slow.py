@@ -37,7 +37,7 @@ def test_a_client_logs_one_line_a_second(make_pool, caplog):
     with caplog.at_level(logging.WARNING, "trtpool.client"):
         for _ in range(5):
             client.infer(x=ITEM)
-        client.session._slow_told_ns = 0
+        client.session.work._slow_told_ns = 0
         client.infer(x=ITEM)
     told = [record.getMessage() for record in caplog.records if record.name == "trtpool.client"]
-    assert told[-1].endswith(f"; {client.session._slow_untold + 6 - len(told)} more were slow since the last")
+    assert told[-1].endswith(f"; {client.session.work._slow_untold + 6 - len(told)} more were slow since the last")

@@ -66,7 +66,7 @@ def is_killed(one: Process) -> bool:
 def test_one_who_holds_what_others_wait_for_is_reported_and_lives(negate, run_dir):
     with start(negate, run_dir) as pool, pool.connect() as client, pool.connect() as other, there(pool, 6) as idle:
         session = other.session
-        waiting = session.ask(0, 4, None)
+        waiting = session.requests.ask(0, 4, None)
         said = pool.wait_for_line("idle slots", 2)
         assert f"process {idle.pid} holds 6 idle slots of model 'negate' (6 leased, 0 done" in said
         assert "start the pool with --evict" in said
@@ -77,7 +77,7 @@ def test_one_who_holds_what_others_wait_for_is_reported_and_lives(negate, run_di
         assert figures(client).overdue == 1
         idle.say()
         assert idle.succeed() == "done\n"
-        assert session.answer(waiting)
+        assert session.requests.answer(waiting)
         assert figures(client).evicted == 0
 
 
@@ -166,12 +166,12 @@ def test_the_process_that_embeds_a_pool_is_never_killed(negate, run_dir):
         assert owner.wait_for_line("there") == f"there {owner.pid}"
         with trtpool.connect(run_dir=run_dir) as client:
             session = client.session
-            waiting = session.ask(0, 4, None)
+            waiting = session.requests.ask(0, 4, None)
             assert "never evicted" in owner.wait_for_line("idle slots", 2)
             (holder,) = [one for one in client.status().holders if one.pid == owner.pid]
             assert (holder.leased, holder.overdue) == (6, True)
             owner.say()
-            assert session.answer(waiting)
+            assert session.requests.answer(waiting)
             assert owner.line() == "evicted 0"
 
 
