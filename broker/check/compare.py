@@ -28,7 +28,6 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """What is still good.
 
     Attributes:
-        largest: the largest number in the reference, without its sign; errors say little if there is next to nothing.
         max_error, mean_error: relative, 0.01 is 1 %.
         top1: share of items, 0 to 1.
     """
