@@ -153,16 +153,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 
 
 def assert_the_lines_of(pages: list[Path], table: list[dict[str, Any]]) -> None:
-    wanted = sorted((row for page in pages for row in lines_of(page)), key=order)
-    assert len(wanted) > 10
-    assert [row["page"] for row in table] == [row["page"] for row in wanted]
-    for column in ("corners", "score"):
-        got, want = ([row[column] for row in rows] for rows in (table, wanted))
-        np.testing.assert_allclose(got, want, atol=0.6)  # pixels of pages of 400 to 600
+    """By their middles: onnxruntime may round a batch of another size otherwise, and a pixel be text or not."""
+    assert len(table) > 10
+    for page in pages:
+        wanted, got = ([row for row in rows if row["page"] == str(page)] for rows in (lines_of(page), table))
+        assert len(got) == len(wanted)
+        for row in wanted:
+            near = [other for other in got if np.abs(middle(other) - middle(row)).max() < 4]
+            assert [other["score"] for other in near] == [pytest.approx(row["score"], abs=0.1)], row
 
 
-def order(row: dict[str, Any]) -> tuple[str, int]:
-    return row["page"], round(min(y for _, y in row["corners"]))
+def middle(row: dict[str, Any]) -> Any:
+    return np.mean(row["corners"], axis=0)
 
 
 @pytest.mark.system
@@ -177,7 +179,7 @@ def test_lines_on_pages_go_to_parquet(tmp_path):
     assert "cannot identify image file" in out[-2]
     rows = pq.read_table(output).to_pylist()
     assert out[-1] == f"{len(rows)} lines on 4 pages, in {output}; 1 files cannot be read."
-    assert_the_lines_of(made, sorted(rows, key=order))
+    assert_the_lines_of(made, rows)
 
 
 def test_row_groups_are_written_as_they_come(tmp_path, monkeypatch):
@@ -229,4 +231,4 @@ def test_the_same_inside_ray_data(tmp_path):
     out = run(RAY, pages, tmp_path / "lines").stdout
     rows = pq.read_table(tmp_path / "lines").to_pylist()
     assert f"{len(rows)} lines on 6 pages" in out
-    assert_the_lines_of(sorted(pages.iterdir()), sorted(rows, key=order))
+    assert_the_lines_of(sorted(pages.iterdir()), rows)
