@@ -21,22 +21,14 @@ from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.errors import ConfigError, TrtpoolError
 from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.remote import connect
-from trtpool.ipc.settings import (
-    DEFAULT_BATCH_TIMEOUT_S,
-    DEFAULT_LANES,
-    DEFAULT_RECALL_TIMEOUT_S,
-    DEFAULT_START_TIMEOUT_S,
-    FLAVOURS,
-    EngineSettings,
-    ShapeRange,
-)
+from trtpool.ipc.settings import DEFAULT_RECALL_TIMEOUT_S, EngineSettings, ShapeRange
 
 from . import supervisor
 from .cli_build import build, build_options
 from .cli_logs import log_options
-from .cli_options import parse_gpus, parse_shapes, pool_options
+from .cli_options import ENGINE_OPTIONS, add_options, pool_options
 from .cli_top import top
-from .cli_types import PER_MODEL, PerModel, only_by_model, per_model_option, split
+from .cli_types import BATCH_OPTIONS, PER_MODEL, PerModel, only_by_model, per_model_option, split
 from .config_file import with_file
 from .doctor.cli import doctor
 from .pool import make_settings
@@ -146,65 +138,10 @@ def cli() -> None:
 )
 @pool_options
 @click.option("--device", metavar="cpu|gpu", help="What workers run on [default: the CPU, or the GPUs of --gpus].")
-@click.option(
-    "--gpus", callback=parse_gpus, metavar="0,1", help="GPUs, by index in PCI order, UUID or MIG id; a worker on each."
-)
-@click.option("--workers", type=click.IntRange(1, 256), help="Worker processes on the CPU [default: 1].")
-@click.option(
-    "--workers-per-gpu", type=click.IntRange(1, 16), default=1, show_default=True, help="Worker processes on each GPU."
-)
-@click.option(
-    "--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call on the CPU [default: share]."
-)
-@click.option(
-    "--lanes",
-    type=click.IntRange(1, 16),
-    default=DEFAULT_LANES,
-    show_default=True,
-    help="Batches that a worker on a GPU has in flight at once.",
-)
-@click.option(
-    "--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use [default: what the plan is for]."
-)
-@click.option("--graphs/--no-graphs", default=True, help="Capture the engine's work into CUDA graphs, or do not.")
-@click.option(
-    "--allow-host-code/--no-allow-host-code",
-    default=False,
-    help="Let a plan run code of its own here; trust it like a program.",
-)
-@click.option("--huge-pages/--no-huge-pages", default=False, help="Put the arena on huge pages, if enough are free.")
-@click.option(
-    "--shape",
-    "shapes",
-    multiple=True,
-    callback=parse_shapes,
-    metavar="[MODEL:]INPUT=3x640x640",
-    help="Item shape of an input that the model leaves open, such as 3x640x640, or 3x32..640x32..640 where items "
-    "differ; or the largest of an output.  Again for each.",
-)
-@click.option(
-    "--no-batch",
-    multiple=True,
-    metavar="MODEL",
-    help="Run each item as a call of its own: for a model without a batch axis in front.  Again for each.",
-)
-@click.option(
-    "--partial-batches",
-    "partial",
-    type=click.Choice(["pad", "refuse"]),
-    default="pad",
-    show_default=True,
-    help="For a model with one batch size: fill smaller batches up, or take whole ones only, one in each slot.",
-)
+@add_options(ENGINE_OPTIONS)
 @build_options
-@per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch].")
+@add_options(BATCH_OPTIONS)
 @per_model_option("--items-per-slot", 1, 2**20, "Items in a slot [default: 1].")
-@per_model_option(
-    "--max-batch", 1, 2**24, "Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest]."
-)
-@per_model_option(
-    "--max-delay-us", 0, 60_000_000, "How long an item may wait for its batch to fill [default: 0, not at all]."
-)
 @per_model_option("--max-slots-per-producer", 1, 2**24, "Slots that one client may hold [default: all but one batch].")
 @click.option(
     "--weight",
@@ -228,20 +165,6 @@ def cli() -> None:
     callback=_parse_users,
     metavar="NAME|UID",
     help="A user who may attach besides you, and is trusted with all data in the pool.  Again for each.",
-)
-@click.option(
-    "--batch-timeout-s",
-    type=click.FloatRange(0, 86_400),
-    default=DEFAULT_BATCH_TIMEOUT_S,
-    show_default=True,
-    help="How long a batch may run before its worker is killed and it is run again; 0: for ever.",
-)
-@click.option(
-    "--start-timeout-s",
-    type=click.FloatRange(0, 86_400),
-    default=DEFAULT_START_TIMEOUT_S,
-    show_default=True,
-    help="How long a worker may take to become ready before it is killed; 0: for ever.",
 )
 @click.option(
     "--recall-timeout-s",

@@ -22,13 +22,12 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.building import BuildRequest, Line
 from trtpool.ipc.errors import ConfigError, ModelError
-from trtpool.ipc.normalization import PIXEL_SCALE, Normalization
+from trtpool.ipc.normalization import NORMS, PIXEL_SCALE, Normalization
 from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
 
 from .building import build_plan, cache_root
 from .cli_options import add_options
 from .gpus import gpu_list
-from .jobs.images import NORMS
 from .planning import child_environment, is_plan
 
 IO_DTYPES: Final = ("fp32", "fp16", "uint8", "int8")

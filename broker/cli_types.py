@@ -61,6 +61,18 @@ def per_model_option(
     )
 
 
+BATCH_OPTIONS: Final = (
+    per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch]."),
+    per_model_option(
+        "--max-batch", 1, 2**24, "Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest]."
+    ),
+    per_model_option(
+        "--max-delay-us", 0, 60_000_000, "How long an item may wait for its batch to fill [default: 0, not at all]."
+    ),
+)
+"""Of each command that starts a pool: how much memory, and what goes into a batch."""
+
+
 def split(chosen: dict[str, dict[str, int]]) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """From numbers by option and model to those for all models, by option, and the others, by model and option."""
     common: dict[str, int] = {}

@@ -18,6 +18,14 @@ from .errors import ConfigError, ModelError
 PIXEL_SCALE: Final = 1 / 255
 """From pixels of 0 to 255 to 0 to 1, where means and deviations mostly are."""
 
+NORMS: Final = {
+    "none": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
+    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""Mean and deviation of red, green and blue, on a scale of 0 to 1."""
+
 
 class Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How pixels are normalised.

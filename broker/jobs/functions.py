@@ -37,9 +37,14 @@ def load_function(dotted: str, option: str) -> Callable[..., Any]:
         for part in name.split("."):
             found = getattr(found, part)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise ConfigError(
+                f"{option} {dotted} cannot be imported: there is no module {error.name} in {here}, nor installed; "
+                "go to its folder, or set PYTHONPATH"
+            ) from error
         raise ConfigError(f"{option} {dotted} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise ConfigError(f"{option} {dotted} is no function but a {type(found).__name__}")
+        raise ConfigError(f"{option} {dotted} is not a function; its type is {type(found).__name__}")
     return found  # type: ignore[no-any-return]
 
 

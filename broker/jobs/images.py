@@ -18,16 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from trtpool.ipc.errors import ConfigError, InvalidInput, MissingExtra
+from trtpool.ipc.normalization import NORMS
 from trtpool.ipc.tensors import TensorSpec
 
 FITS: Final = ("letterbox", "crop", "stretch")
-NORMS: Final = {
-    "none": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),
-    "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
-    "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-"""Mean and deviation of red, green and blue, on a scale of 0 to 1."""
 
 
 class ImageOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

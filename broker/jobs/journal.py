@@ -93,6 +93,8 @@ class JobFolder:
         except BlockingIOError:
             os.close(self._lock_fd)
             raise ConfigError(f"another job is writing {output}; wait for it, or name another --output") from None
+        except FileNotFoundError as error:
+            raise ConfigError(f"--output {output}: there is no folder {output.parent}; make it first") from error
         except OSError as error:
             raise ConfigError(f"--output {output}: its folder cannot be used: {error}") from error
 

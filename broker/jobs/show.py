@@ -87,11 +87,12 @@ def show_outcome(outcome: Outcome, producers: int) -> None:
     console = Console(highlight=False, markup=False)
     done = outcome.rows - outcome.kept
     rate = done / outcome.seconds if outcome.seconds else 0.0
+    many = "producer" if producers == 1 else "producers"
     rows = [
         ("rows", f"{outcome.rows:,}"),
         ("with errors", f"{len(outcome.errors):,}"),
         ("safe before", f"{outcome.kept:,}"),
-        ("time", f"{outcome.seconds:,.1f} s, {rate:,.1f} rows/s with {producers} producers"),
+        ("time", f"{outcome.seconds:,.1f} s, {rate:,.1f} rows/s with {producers} {many}"),
         ("busy", ", ".join(f"{part} {share:.0%}" for part, share in outcome.shares.items())),
     ]
     if outcome.replaced:

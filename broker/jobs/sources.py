@@ -114,6 +114,8 @@ def find(wanted: Sequence[str], read_list: Callable[[], bytes], *, any_file: boo
             paths.append(text)
         else:
             paths += sorted(path for path in glob.glob(text, recursive=True) if Path(path).is_file())  # noqa: PTH207
+    if not paths and list(wanted) == ["-"]:
+        raise ConfigError("--input -: standard input names no files; write one a line, or separated by NUL")
     if not paths:
         raise ConfigError(f"--input {' '.join(wanted)}: nothing is there; look at the path, and quote globs")
     for path in paths:

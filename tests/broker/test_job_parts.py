@@ -57,6 +57,11 @@ def test_inputs_that_are_not_there_are_refused(tmp_path: Path, name: str, says: 
         find(tmp_path / name)
 
 
+def test_a_list_that_is_empty_is_told_from_a_glob_that_finds_nothing() -> None:
+    with pytest.raises(ConfigError, match="standard input names no files"):
+        find("-", stdin=b"\n")
+
+
 def test_one_job_has_one_kind_of_input(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((3, 2)))
     (tmp_path / "a.png").touch()

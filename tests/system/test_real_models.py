@@ -28,7 +28,8 @@ require_models()
 
 import onnxruntime
 from PIL import Image
-from scripts import chain, demo_pages, minilm
+from scripts import demo_pages, minilm
+from scripts.examples import read_text
 from scripts.packaged import packaged_file
 
 Array = npt.NDArray[Any]
@@ -124,12 +125,12 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[Image.Image]:
 @pytest.fixture(scope="module")
 def lines(pages: list[Image.Image]) -> list[Image.Image]:
     """Lines of text that were cut out of pages, upright."""
-    detect, found = Direct(chain.model_file("det")), []
+    detect, found = Direct(read_text.model_file("det")), []
     for page in pages:
-        x = np.empty(chain.DETECT, np.float32)
+        x = np.empty(read_text.DETECT, np.float32)
         demo_pages.write_input(page, x)
         (output,) = detect.item(x=x).values()
-        found += [chain.crop(page, region) for region in demo_pages.find_regions(output[0], page.size)]
+        found += [read_text.crop(page, region) for region in demo_pages.find_regions(output[0], page.size)]
     assert len(found) > 8
     return found
 
@@ -137,7 +138,7 @@ def lines(pages: list[Image.Image]) -> list[Image.Image]:
 def line_input(line: Image.Image, width: int) -> dict[str, Array]:
     """A line as models of lines take it, 48 pixels high, and 0 beyond its end."""
     x = np.empty((3, 48, width), np.float32)
-    chain.write_line(chain.Line(0, demo_pages.Region((), 1.0), line), {"x": x})
+    read_text.write_line(read_text.Line(0, demo_pages.Region((), 1.0), line), {"x": x})
     return {"x": x}
 
 
@@ -152,20 +153,20 @@ def test_detection_on_pages_of_several_sizes(pages):
         for page in pages:
             items.append({"x": np.empty((3, height, width), np.float32)})
             demo_pages.write_input(page, items[-1]["x"])
-    models = both(chain.model_file("det"), shapes={"x": (3, (96, 192), (160, 320))})
+    models = both(read_text.model_file("det"), shapes={"x": (3, (96, 192), (160, 320))})
     with trtpool.Pool(models, slots=16, workers=2, threads=1) as pool:
-        check(pool, items, items[:3], Direct(chain.model_file("det")))
+        check(pool, items, items[:3], Direct(read_text.model_file("det")))
 
 
 def test_recognition_of_lines_as_wide_as_they_are(lines):
     items = [line_input(line, own_width(line)) for line in lines[:8]]
     items += items[::-1]
-    letters = chain.letters_of(chain.model_file("rec"))
-    models = both(chain.model_file("rec"), shapes={"x": (3, 48, (32, 640))})
+    letters = read_text.letters_of(read_text.model_file("rec"))
+    models = both(read_text.model_file("rec"), shapes={"x": (3, 48, (32, 640))})
     with trtpool.Pool(models, slots=24, threads=1) as pool:
         cut = [line_input(line, 320) for line in lines[:4]]
-        answers = check(pool, items, cut, Direct(chain.model_file("rec")))
-    texts = [chain.text_of(next(iter(got.values())), letters) for got in answers]
+        answers = check(pool, items, cut, Direct(read_text.model_file("rec")))
+    texts = [read_text.text_of(next(iter(got.values())), letters) for got in answers]
     assert texts[0] == "Region-based segmentation"
     assert texts == texts[::-1]
 

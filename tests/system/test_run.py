@@ -337,10 +337,12 @@ def test_a_signal_stops_a_job_and_leaves_what_is_done(vectors: Path, monkeypatch
     [
         ({"output": "out.csv"}, 3, "name a file that ends in"),
         ({"input": "*.png"}, 3, "quote globs"),
-        ({"decode": "nowhere:f"}, 3, "cannot be imported"),
+        ({"decode": "nowhere:f"}, 3, "there is no module nowhere in "),
+        ({"decode": "os:sep"}, 3, "os:sep is not a function; its type is str"),
+        ({"max_batch": "other=3"}, 3, "--max-batch other=...: the job has one model, vectors"),
         ({"norm": "unit", "std": "0.5"}, 3, "contradict"),
         ({"column": "x"}, 3, "--column is for Parquet"),
-        ({"output": "nowhere/out.npy"}, 3, "cannot be used"),
+        ({"output": "nowhere/out.npy"}, 3, "there is no folder nowhere; make it first"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(vectors: Path, options: dict[str, str], code: int, says: str) -> None:
@@ -350,6 +352,11 @@ def test_what_cannot_be_done_is_said_in_a_line(vectors: Path, options: dict[str,
     assert said.count("\n") == 1
     left = {path.name for path in Path().iterdir()}
     assert left - {"trtpool"} == {"in.npy", "vectors.onnx"}, "more than the inputs and where pools live"
+
+
+def test_what_a_shell_makes_of_a_glob_is_told_from_a_model(vectors: Path) -> None:
+    said = finished(vectors, "b.npy", "c.npy", input="a.npy", output="out.npy", code=2)
+    assert said.startswith("trtpool: there are 2 words too many, from b.npy on; quote globs, as in --input ")
 
 
 def test_start_does_not_load_what_run_needs() -> None:

@@ -1,6 +1,6 @@
 """Say what the files in some folders are, by their content, with the model Magika: ``classify_files.py FOLDER...``.
 
-Run it with ``scripts/setup cpu models && .venv/bin/python scripts/classify_files.py docs``.
+Run it with ``scripts/setup cpu models && .venv/bin/python scripts/examples/classify_files.py docs``.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `scripts`
-import numpy as np
-from rich.console import Console
-from rich.table import Table
-from scripts.packaged import packaged_file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `scripts`
+from scripts.examples.shell import needs, run
 
-import trtpool
-from trtpool.ipc.errors import TrtpoolError
+with needs("cpu", "models"):
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+    from scripts.packaged import packaged_file
+
+    import trtpool
 
 MODEL = "models/standard_v3_3"
 LOOKED_AT = 4096
@@ -61,23 +63,19 @@ def main() -> int:
         parser.error(f"{', '.join(strange)}: name folders that exist")
     table = Table("file", "is", "score")
     counts: Counter[str] = Counter()
-    try:
-        config = json.loads(packaged_file("magika", f"{MODEL}/config.min.json").read_text())
-        with trtpool.Pool(packaged_file("magika", f"{MODEL}/model.onnx")) as pool:
-            for path, result in pool.map(write, files_in(folders), return_exceptions=True):
-                if isinstance(result, Exception):  # it cannot be read
-                    table.add_row(str(path), f"[red]{result}", "")
-                    continue
-                scores = result.outputs["target_label"]
-                best = int(scores.argmax())
-                label = config["target_labels_space"][best]
-                if scores[best] < config["thresholds"].get(label, config["medium_confidence_threshold"]):
-                    label = "unknown"
-                counts[label] += 1
-                table.add_row(str(path), label, f"{scores[best]:.2f}")
-    except TrtpoolError as error:
-        print(f"classify_files: {error}", file=sys.stderr)
-        return error.exit_code
+    config = json.loads(packaged_file("magika", f"{MODEL}/config.min.json").read_text())
+    with trtpool.Pool(packaged_file("magika", f"{MODEL}/model.onnx")) as pool:
+        for path, result in pool.map(write, files_in(folders), return_exceptions=True):
+            if isinstance(result, Exception):  # it cannot be read
+                table.add_row(str(path), f"[red]{result}", "")
+                continue
+            scores = result.outputs["target_label"]
+            best = int(scores.argmax())
+            label = config["target_labels_space"][best]
+            if scores[best] < config["thresholds"].get(label, config["medium_confidence_threshold"]):
+                label = "unknown"
+            counts[label] += 1
+            table.add_row(str(path), label, f"{scores[best]:.2f}")
     Console().print(table)
     print(
         f"{counts.total()} file(s):", ", ".join(f"{count} {label}" for label, count in counts.most_common()) or "none"
@@ -86,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__file__, main)

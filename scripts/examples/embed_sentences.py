@@ -1,7 +1,7 @@
 """Embed sentences with all-MiniLM-L6-v2, and find those nearest to a question: ``embed_sentences.py FILE QUESTION``.
 
-FILE has a sentence in each line.  Run it with ``scripts/setup cpu models && .venv/bin/python scripts/embed_sentences.py
-CHANGELOG.md 'What happens when a process dies?'``
+FILE has a sentence in each line.  Run it with ``scripts/setup cpu models && .venv/bin/python
+scripts/examples/embed_sentences.py CHANGELOG.md 'What happens when a process dies?'``
 """
 
 from __future__ import annotations
@@ -16,17 +16,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `scripts`
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `scripts`
+from scripts.examples.shell import needs, run
 
-import trtpool
-from trtpool.ipc.errors import TrtpoolError
-
-try:
+with needs("cpu", "models"):
+    import numpy as np
     from scripts import minilm
-except ModuleNotFoundError as error:
-    print(f"{error.name} is not installed; run: scripts/setup cpu models", file=sys.stderr)
-    raise SystemExit(9) from None
+
+    import trtpool
 
 NEAREST = 5
 Tokens = Mapping[str, "npt.NDArray[Any]"]
@@ -63,14 +60,10 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("question")
     options = parser.parse_args()
-    try:
-        sentences = [line.strip() for line in options.file.read_text().splitlines() if line.strip()]
-        with tempfile.TemporaryDirectory(prefix="trtpool-minilm-") as folder, start_pool(Path(folder)) as pool:
-            *vectors, question = embed(pool, [*sentences, options.question])
-            (model,) = pool.status().models
-    except (OSError, TrtpoolError) as error:
-        print(f"embed_sentences: {error}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+    sentences = [line.strip() for line in options.file.read_text().splitlines() if line.strip()]
+    with tempfile.TemporaryDirectory(prefix="trtpool-minilm-") as folder, start_pool(Path(folder)) as pool:
+        *vectors, question = embed(pool, [*sentences, options.question])
+        (model,) = pool.status().models
     print(f"{len(sentences)} sentences and the question, in {model.batches} batches; nearest to {options.question!r}:")
     nearness = np.array(vectors) @ question if vectors else np.empty(0)
     for number in np.argsort(-nearness)[:NEAREST]:
@@ -79,4 +72,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__file__, main)

@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `scripts`
-try:
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `scripts`
+from scripts.examples.shell import needs, run
+
+with needs("cpu", "demo"):
     import numpy as np
     import onnxruntime
     from PIL import Image
@@ -32,11 +34,6 @@ try:
     from scripts.demo_pages import Region
 
     import trtpool
-    from trtpool.ipc.errors import TrtpoolError
-except ModuleNotFoundError as error:
-    package = str(error.name).partition(".")[0]
-    print(f"the chain needs the package {package}; run: scripts/setup cpu demo", file=sys.stderr)
-    raise SystemExit(9) from None
 
 DETECT = (3, demo_pages.HEIGHT, demo_pages.WIDTH)
 RECOGNISE = (3, 48, 960)
@@ -158,17 +155,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.pages < 1:
         parser.error(f"--pages {options.pages}: make at least one")
-    try:
-        with tempfile.TemporaryDirectory(prefix="trtpool-chain-") as folder:
-            pages = [Image.open(path).convert("RGB") for path in demo_pages.write_pages(Path(folder), options.pages)]
-        letters = letters_of(model_file("rec"))
-        with start_pool(options.workers) as pool:
-            began_s = time.monotonic()
-            reads = list(read_lines(pool, find_lines(pool, pages), letters))
-            took_s = time.monotonic() - began_s
-    except TrtpoolError as error:
-        print(f"chain: {error}", file=sys.stderr)
-        return error.exit_code
+    with tempfile.TemporaryDirectory(prefix="trtpool-chain-") as folder:
+        pages = [Image.open(path).convert("RGB") for path in demo_pages.write_pages(Path(folder), options.pages)]
+    letters = letters_of(model_file("rec"))
+    with start_pool(options.workers) as pool:
+        began_s = time.monotonic()
+        reads = list(read_lines(pool, find_lines(pool, pages), letters))
+        took_s = time.monotonic() - began_s
     for read in reads:
         print(f"page {read.line.page}: {read.text}")
     print(f"{len(reads)} lines on {len(pages)} pages in {took_s:.2f} s.")
@@ -181,4 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(__file__, main)

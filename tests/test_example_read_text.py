@@ -16,7 +16,8 @@ for needed in ("PIL", "scipy", "onnxruntime"):
 
 import onnxruntime
 from PIL import Image, ImageDraw
-from scripts import chain, demo_pages
+from scripts import demo_pages
+from scripts.examples import read_text
 
 from trtpool.ipc.errors import MissingExtra
 
@@ -25,7 +26,7 @@ from trtpool.ipc.errors import MissingExtra
 def installed() -> None:
     """Skip where the models or the scans are not installed."""
     try:
-        chain.model_file("rec")
+        read_text.model_file("rec")
         demo_pages.packaged_file("skimage", "data/page.png")
     except MissingExtra as error:
         pytest.skip(str(error))
@@ -35,7 +36,7 @@ def installed() -> None:
     ("best", "text"), [([0, 0], ""), ([1, 1, 0, 1, 2, 2], "aab"), ([2, 0, 0, 3], "b "), ([1, 2, 1], "aba")]
 )
 def test_repeats_and_gaps_are_no_letters(best, text):
-    assert chain.text_of(np.eye(4, dtype=np.float32)[best], ["", "a", "b", " "]) == text
+    assert read_text.text_of(np.eye(4, dtype=np.float32)[best], ["", "a", "b", " "]) == text
 
 
 @pytest.mark.parametrize("start", range(4))
@@ -50,7 +51,7 @@ def test_a_crop_is_level_and_upright_whichever_corner_is_first(start):
     pen.polygon([tuple(corner) for corner in (middle[0], corners[1], corners[2], middle[1])], fill=(0, 0, 255))
     turned = np.roll(corners, start, axis=0)
     region = demo_pages.Region(tuple((float(x), float(y)) for x, y in turned), 1.0)
-    cut = chain.crop(page, region)
+    cut = read_text.crop(page, region)
     assert cut.size == (120, 20)
     assert cut.getpixel((30, 10)) == (255, 0, 0)
     assert cut.getpixel((90, 10)) == (0, 0, 255)
@@ -58,43 +59,43 @@ def test_a_crop_is_level_and_upright_whichever_corner_is_first(start):
 
 @pytest.mark.parametrize("size", [(1, 1), (5000, 20), (3, 200)])
 def test_every_element_of_a_used_slot_is_written(size):
-    out = np.full(chain.RECOGNISE, np.nan, np.float32)
-    line = chain.Line(0, demo_pages.Region((), 1.0), Image.new("RGB", size, "white"))
-    chain.write_line(line, {"x": out})
+    out = np.full(read_text.RECOGNISE, np.nan, np.float32)
+    line = read_text.Line(0, demo_pages.Region((), 1.0), Image.new("RGB", size, "white"))
+    read_text.write_line(line, {"x": out})
     assert np.isfinite(out).all()
     assert out[0, 0, 0] == 1
 
 
 @pytest.mark.usefixtures("installed")
 def test_an_answer_that_differs_in_one_bit_is_noticed(tmp_path, monkeypatch):
-    monkeypatch.setattr(chain, "start_pool", lambda _: pytest.fail("not for this"))
+    monkeypatch.setattr(read_text, "start_pool", lambda _: pytest.fail("not for this"))
     page = Image.open(demo_pages.write_pages(tmp_path, 1)[0]).convert("RGB")
-    letters = chain.letters_of(chain.model_file("rec"))
+    letters = read_text.letters_of(read_text.model_file("rec"))
     assert len(letters) == 6625
 
     class Direct:
         """A pool that is onnxruntime itself."""
 
         def map(self, write, items, *, model, window):
-            session = onnxruntime.InferenceSession(chain.model_file(model), providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(read_text.model_file(model), providers=["CPUExecutionProvider"])
             for item in items:
-                x = np.empty((1, *(chain.DETECT if model == "det" else chain.RECOGNISE)), np.float32)
+                x = np.empty((1, *(read_text.DETECT if model == "det" else read_text.RECOGNISE)), np.float32)
                 write(item, {"x": x[0]})
                 yield item, type("Result", (), {"outputs": {"y": session.run(None, {"x": x})[0][0]}})
 
     pool: Any = Direct()
-    reads = list(chain.read_lines(pool, chain.find_lines(pool, [page]), letters))
-    assert chain.compare([page], reads) == []
+    reads = list(read_text.read_lines(pool, read_text.find_lines(pool, [page]), letters))
+    assert read_text.compare([page], reads) == []
     reads[3].output[5, 7] = np.nextafter(reads[3].output[5, 7], np.float32(1))
-    (differing,) = chain.compare([page], reads)
+    (differing,) = read_text.compare([page], reads)
     assert repr(reads[3].text) in differing
-    assert "lines found" in chain.compare([page], reads[1:])[0]
+    assert "lines found" in read_text.compare([page], reads[1:])[0]
 
 
 @pytest.mark.usefixtures("installed")
 def test_a_page_is_read_by_a_real_pool_of_both_models():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [sys.executable, chain.__file__, "--pages", "1"]
+    command = [sys.executable, read_text.__file__, "--pages", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "page 0: background.These markers" in done.stdout
