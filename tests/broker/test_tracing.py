@@ -6,7 +6,7 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -14,11 +14,15 @@ from hypothesis import strategies as st
 
 from tests.broker.core_rig import MS, Rig
 from tests.trace_check import Checked, check
+from trtpool.broker import control as c
 from trtpool.broker import events as e
+from trtpool.broker.journal import Journal
+from trtpool.broker.ledger import Ledger
 from trtpool.broker.tracing.chrome import NAMELESS_PID, Trace, write
-from trtpool.broker.tracing.records import MIN_BYTES, Writer, create, read
+from trtpool.broker.tracing.records import MIN_BYTES, Joined, Opening, Writer, create, read
 from trtpool.broker.tracing.story import Execution, Slice, Story
 from trtpool.broker.tracing.tap import Tap
+from trtpool.broker.tracing.tracer import Tracer
 from trtpool.broker.tracing.tracks import lanes_of, rows_of
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError
@@ -365,6 +369,56 @@ def test_what_another_version_wrote_is_refused() -> None:
             Story.of(*read(fd)[::2])
     finally:
         os.close(fd)
+
+
+# --- The broker's side ----------------------------------------------------------------------------
+
+
+def _journal() -> Journal:
+    return Journal(-1, 64 << 20)
+
+
+class Control:
+    """In place of the supervisor: what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[c.Control] = []
+
+    def tell(self, message: c.Control) -> None:
+        self.told.append(message)
+
+
+def test_a_pool_that_is_not_traced_calls_the_core_itself(rig: TracedRig) -> None:
+    ledger, control = Ledger(rig.core, _journal()), Control()
+    tracer = Tracer(ledger, cast("Any", control))
+    assert ledger._decider is rig.core
+    rig.fd = create(MIN_BYTES)
+    tracer.start(1, os.dup(rig.fd), MS)
+    assert isinstance(ledger._decider, Tap)
+    assert not control.told, "it begins at the end of the turn"
+    ledger.end_turn(2 * MS)
+    ledger.decide(e.ProducerJoined(1, 7), 3 * MS)
+    tracer.stop(2, 4 * MS)  # another's, long over
+    assert control.told == [c.TraceStarted(1)]
+    tracer.stop(1, 5 * MS)
+    tracer.stop(1, 6 * MS)
+    assert control.told == [c.TraceStarted(1), c.TraceStopped(1)]
+    assert ledger._decider is rig.core
+    ledger.decide(e.ProducerJoined(2, 8), 7 * MS)
+    written = read(rig.fd)
+    opening, joined = written.records
+    assert isinstance(opening, Opening)
+    assert joined == Joined(3 * MS, 1, 7, is_worker=False)
+    assert written.closed_ns == 5 * MS
+
+
+def test_a_broker_that_is_passed_no_memory_says_so(rig: TracedRig) -> None:
+    ledger, control = Ledger(rig.core, _journal()), Control()
+    Tracer(ledger, cast("Any", control)).start(1, _pipe(), MS)
+    ((stopped),) = control.told
+    assert isinstance(stopped, c.TraceStopped)
+    assert "cannot be written" in stopped.text
+    assert ledger._decider is rig.core
 
 
 # --- Tracks --------------------------------------------------------------------------------------
