@@ -58,7 +58,7 @@ def picture_of(
         raise click.ClickException(f"the trace ends before {from_ms:g} ms; draw an earlier part with --from-ms")
     names, order, rows = {}, {}, {}
     levels: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for event in trace["traceEvents"]:
+    for event in sorted(trace["traceEvents"], key=lambda event: event["ph"] != "M"):  # names first
         if event["ph"] == "M" and event["name"] == "process_name":
             names[event["pid"]] = event["args"]["name"]
         elif event["ph"] == "M" and event["name"] == "process_sort_index":

@@ -22,7 +22,7 @@ from .chrome import Trace, write
 from .requests import TraceEnd, TraceOver, TraceRequest, Tracing
 from .story import Story
 
-DEFAULT_BUFFER_MIB: Final = 64
+DEFAULT_BUFFER_MIB: Final = 32
 MAX_BUFFER_MIB: Final = records.MAX_BYTES >> 20
 ANSWER_S: Final = 30.0
 """How long a pool may take to begin or end a trace: it does so at the end of a turn."""
@@ -72,7 +72,8 @@ class Recording:
             with contextlib.suppress(ConnectionError):  # it ended, as `_receive` finds
                 # The supervisor reads JSON here, so this is not `lifeline.send_packet`.
                 socket.send_fds(self._sock, [_encode(TraceRequest())], [self._fd])
-            self._hear(ANSWER_S)
+            if self._hear(ANSWER_S):  # before anything was written
+                raise PoolBusy(self._over)
             self._stack = stack.pop_all()
 
     def wait(self, seconds: float) -> None:

@@ -16,7 +16,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import msgspec
 
@@ -27,10 +27,15 @@ from .tracks import lanes_of, rows_of
 NAMELESS_PID: Final = 1 << 22
 """Above all process numbers: for peers whose own cannot be told, since they are in another pid namespace."""
 
+CHUNK: Final = 10_000
+"""Events that are written at a time."""
+
 _KINDS: Final = ("lease", "fill", "read")
 _POOL, _WORKER, _PRODUCER = range(3)
 
 _Event = dict[str, Any]
+
+_encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,6 @@ def write(story: Story, path: Path, dropped: int, ended: str) -> Trace:
     Raises:
         OSError: it cannot be written.
     """
-    events = events_of(story)
     other = {
         "pool": story.pool,
         "clock": "CLOCK_MONOTONIC",
@@ -72,26 +76,19 @@ def write(story: Story, path: Path, dropped: int, ended: str) -> Trace:
         "dropped_events": dropped,
         "ended": ended or "as asked",
     }
-    text = msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ns", "otherData": other})
-    if path.exists() and not path.is_file():  # a pipe, or /dev/stdout
-        path.write_bytes(text)
-    else:
-        _replace(path, text)
-    return Trace(path, (story.end_ns - story.start_ns) / 1e9, len(events), dropped, ended)
-
-
-def _replace(path: Path, text: bytes) -> None:
-    new = path.with_name(f".{path.name}.{os.getpid()}")
+    is_special = path.exists() and not path.is_file()  # a pipe, or /dev/stdout
+    new = path if is_special else path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        new.write_bytes(text)
-        new.replace(path)
+        with new.open("wb") as file:
+            file.write(b'{"displayTimeUnit":"ns","otherData":%b,"traceEvents":[' % _encode(other))
+            events = _Drawing(story, file).draw()
+            file.write(b"]}\n")
+        if not is_special:
+            new.replace(path)
     finally:
-        new.unlink(missing_ok=True)
-
-
-def events_of(story: Story) -> list[_Event]:
-    """All events, those that name tracks first, and the others by time."""
-    return _Drawing(story).events()
+        if not is_special:
+            new.unlink(missing_ok=True)
+    return Trace(path, (story.end_ns - story.start_ns) / 1e9, events, dropped, ended)
 
 
 @dataclass
@@ -104,12 +101,13 @@ class _Group:
 
 
 class _Drawing:
-    """Events of a story."""
+    """Events of a story, written to a file as they are made: there may be millions, in no order."""
 
-    def __init__(self, story: Story) -> None:
+    def __init__(self, story: Story, file: BinaryIO) -> None:
         self._story = story
-        self._events: list[_Event] = []
-        self._names: list[_Event] = []
+        self._file = file
+        self._events: list[_Event] = []  # that were not written yet
+        self._written = 0
         self._groups: dict[int, _Group] = {story.pid: _Group(f"pool {story.pool}", _POOL)}
         self._pids = {peer: one.pid or NAMELESS_PID + peer for peer, one in story.peers.items()}
         for number, one in story.peers.items():
@@ -118,8 +116,11 @@ class _Drawing:
                 group.name, group.sort = _name(one), _WORKER if one.is_worker else _PRODUCER
         self._at: dict[int, tuple[int, int]] = {}  # id of a slice, or of an execution: track and time
 
-    def events(self) -> list[_Event]:
-        """See `events_of`."""
+    def draw(self) -> int:
+        """Write all events; returns how many."""
+        for pid, group in self._groups.items():
+            self._name("process_name", pid, 0, name=group.name)
+            self._name("process_sort_index", pid, 0, sort_index=group.sort)
         self._draw_lanes()
         self._draw_producers()
         self._draw_queues()
@@ -128,11 +129,15 @@ class _Drawing:
         for when_ns, peer, what in self._story.marks:
             if peer in self._pids:
                 self._add("i", what, when_ns, self._pids[peer], 0, s="p", cat="peer")
-        for pid, group in self._groups.items():
-            self._name("process_name", pid, 0, name=group.name)
-            self._name("process_sort_index", pid, 0, sort_index=group.sort)
-        self._events.sort(key=lambda event: event["ts"])
-        return self._names + self._events
+        self._write()
+        return self._written
+
+    def _write(self) -> None:
+        text = _encode(self._events)[1:-1]
+        if text:
+            self._file.write(b",\n" + text if self._written else text)
+        self._written += len(self._events)
+        self._events.clear()
 
     def _draw_lanes(self) -> None:
         by_worker = defaultdict(list)
@@ -160,12 +165,12 @@ class _Drawing:
             tid = 1
             for kind in _KINDS:
                 rows = rows_of(group.slices[kind])
-                for row, one in rows:
-                    self._slice(one.start_ns, one.end_ns, pid, tid + row, one.name, kind, one.args)
-                    self._at[id(one)] = (tid + row, one.start_ns)
                 count = 1 + max((row for row, _ in rows), default=-1)
                 for row in range(count):
                     self._track(pid, tid + row, kind)
+                for row, one in rows:
+                    self._slice(one.start_ns, one.end_ns, pid, tid + row, one.name, kind, one.args)
+                    self._at[id(one)] = (tid + row, one.start_ns)
                 tid += count
 
     def _draw_queues(self) -> None:
@@ -175,11 +180,16 @@ class _Drawing:
                 self._add(kind, name, when_ns, self._story.pid, 0, cat="queue", id=hex(number), args=args)
 
     def _draw_levels(self) -> None:
-        pid = self._story.pid
+        last: dict[str, int] = {}
         for when_ns, model, free, queued in self._story.levels:
             name = self._story.models[model][0]
-            self._add("C", f"queued items {name}", when_ns, pid, 0, args={"items": queued})
-            self._add("C", f"free slots {name}", when_ns, pid, 0, args={"slots": free})
+            for counter, unit, level in (
+                (f"queued items {name}", "items", queued),
+                (f"free slots {name}", "slots", free),
+            ):
+                if last.get(counter) != level:
+                    last[counter] = level
+                    self._add("C", counter, when_ns, self._story.pid, 0, args={unit: level})
 
     def _draw_flows(self) -> None:
         """An arrow begins within the fill, right at its end, and ends where the outputs are there to be read."""
@@ -207,13 +217,15 @@ class _Drawing:
 
     def _add(self, kind: str, name: str, when_ns: int, pid: int, tid: int, **more: Any) -> None:
         self._events.append({"ph": kind, "name": name, "ts": when_ns / 1000, "pid": pid, "tid": tid, **more})
+        if len(self._events) >= CHUNK:
+            self._write()
 
     def _track(self, pid: int, tid: int, name: str) -> None:
         self._name("thread_name", pid, tid, name=name)
         self._name("thread_sort_index", pid, tid, sort_index=tid)
 
     def _name(self, what: str, pid: int, tid: int, **args: object) -> None:
-        self._names.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args})
+        self._events.append({"ph": "M", "name": what, "pid": pid, "tid": tid, "args": args})
 
 
 def _name(one: Present) -> str:

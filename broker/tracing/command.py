@@ -43,8 +43,8 @@ def trace(name: str, run_dir: Path | None, seconds: float, output: Path, buffer_
     """
     path = rundir.run_dir_of(name, run_dir)
     recording = Recording(path, output, buffer_mib=buffer_mib)
-    click.echo(f"recording for {seconds:g} s; Ctrl-C ends it early", err=True)
     with contextlib.suppress(KeyboardInterrupt):
+        click.echo(f"recording for {seconds:g} s; Ctrl-C ends it early", err=True)
         recording.wait(seconds)
     made = recording.stop()
     if made.ended:

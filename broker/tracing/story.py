@@ -30,7 +30,7 @@ _ENDS = {m.DEADLINE: "deadline passed", m.CANCELLED: "cancelled", m.ENGINE_FAILE
          m.WORKER_DIED: "worker died"}  # fmt: skip
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Slice:
     """Something that a peer did from `start_ns` to `end_ns`; `kind` is "lease", "fill" or "read"."""
 
@@ -42,7 +42,7 @@ class Slice:
     args: dict[str, object]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Execution:
     """A batch on a worker.
 
@@ -61,7 +61,7 @@ class Execution:
     args: dict[str, object]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Flow:
     """Slots of one submission from their fill to the batch and to their delivery."""
 
@@ -71,7 +71,7 @@ class Flow:
     read: Slice
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class QueueSlice:
     """Slots of one submission in the queue of a model."""
 
@@ -81,7 +81,7 @@ class QueueSlice:
     args: dict[str, object]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Reading:
     at: int
     count: int
@@ -89,7 +89,7 @@ class _Reading:
     slice: Slice
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Lease:
     """One that was granted; `left`: its slots that were neither submitted nor released; `live`: those not released."""
 
@@ -105,7 +105,7 @@ class _Lease:
     readings: list[_Reading] = field(default_factory=list)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Queued:
     """What is queued of a submission."""
 

@@ -4,8 +4,8 @@ Slices of one track never overlap: there are as many tracks as it takes, the fir
 
 A worker tells how long a batch's copy-in, compute and copy-out took, by events on a GPU's stream, and when it found its
 outputs written, and not which lane it was on.  So the phases are put right before that end, one after the other, on a
-lane that is free then.  It is the worker's noticing that makes this inexact, by some 10 us as a rule.  Where they would
-overlap what is there already, or begin before the batch was sent, they are squeezed into what is left.
+lane that is free then: they are late by what it took the worker to notice.  Where they would overlap what is there
+already, or begin before the batch was sent, they are squeezed into what is left.
 """
 
 from __future__ import annotations
