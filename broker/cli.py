@@ -62,6 +62,7 @@ _LAZY: Final = {
     "check": "trtpool.broker.check.command",
     "profile": "trtpool.broker.profiling.command",
     "run": "trtpool.broker.jobs.command",
+    "trace": "trtpool.broker.tracing.command",
 }
 """Commands that are imported when they are called, so that the others stay quick, and where they are."""
 

@@ -12,6 +12,10 @@
       | --- SwitchWorkers ---------------> |  those that stood by serve from now on, in place of all others
       | <-- WorkersSwitched -------------- |
       | <-- WorkerLeaves ----------------- |  one that was replaced has finished, and was told to end
+      | --- StartTrace + fd -------------> |  write down there what happens
+      | <-- TraceStarted ----------------- |
+      | --- StopTrace -------------------> |
+      | <-- TraceStopped ----------------- |
       | <-- PeerAdmitted + 2 fds --------- |  a client's lifeline and its pidfd, to keep
       | --- PeerIsKept, PeerNotKept -----> |  it is let in, or told why not
       | <-- PeerForgotten ---------------- |
@@ -140,6 +144,34 @@ class WorkerLeaves(msgspec.Struct, frozen=True, tag=17):
     worker: int
 
 
+class StartTrace(msgspec.Struct, frozen=True, tag=18):
+    """Write down what happens in the memory whose descriptor comes with this; see `tracing`.
+
+    `trace` is the supervisor's number for it, never reused.
+    """
+
+    trace: int
+
+
+class TraceStarted(msgspec.Struct, frozen=True, tag=19):
+    """What happens from now on is written down."""
+
+    trace: int
+
+
+class StopTrace(msgspec.Struct, frozen=True, tag=20):
+    """Write no more."""
+
+    trace: int
+
+
+class TraceStopped(msgspec.Struct, frozen=True, tag=21):
+    """Nothing more is written; `text`: why nothing was, if it could not."""
+
+    trace: int
+    text: str = ""
+
+
 Control: TypeAlias = (
     BrokerReady
     | WorkerStarted
@@ -158,6 +190,10 @@ Control: TypeAlias = (
     | PeerIsKept
     | PeerNotKept
     | TakeOver
+    | StartTrace
+    | TraceStarted
+    | StopTrace
+    | TraceStopped
 )
 
 decode = msgspec.msgpack.Decoder(Control).decode

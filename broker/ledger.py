@@ -18,9 +18,9 @@ its frames are written down (`messages.Reconnect`), it answers how many it had, 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
 
@@ -126,6 +126,16 @@ _decode = msgspec.msgpack.Decoder(_Saved).decode
 _decode_waiting = msgspec.msgpack.Decoder(dict[int, int]).decode
 
 
+class Decider(Protocol):
+    """The core, or who stands before it; see `Core` for what these do."""
+
+    def receive(self, peer: int, messages: Iterable[m.ToBroker], now_ns: int) -> None: ...
+
+    def tell(self, event: e.Event, now_ns: int) -> None: ...
+
+    def take(self) -> tuple[dict[int, list[m.FromBroker]], list[e.Action]]: ...
+
+
 class Ledger:
     """See the module.
 
@@ -141,11 +151,16 @@ class Ledger:
     def __init__(self, core: Core, journal: Journal) -> None:
         self.core = core
         self.journal = journal
+        self._decider: Decider = core
         self.mail: dict[int, Mail] = {}
         self.next_peer = 1
         self._greetings: dict[int, bytes] = {}
         self._writing = True
         self._owed: set[int] = set()  # peers over ZeroMQ that must be told what was heard of them
+
+    def follow(self, decider: Decider | None) -> None:
+        """Have all go through `decider`, which passes it on to the core; None: to the core itself, as at first."""
+        self._decider = self.core if decider is None else decider
 
     # ------------------------------------------------------------------ what comes in
 
@@ -187,7 +202,7 @@ class Ledger:
         """The core is told something."""
         if self._writing:
             self.journal.write(Kind.EVENT, 0, now_ns, _encode((_NUMBERS[type(event)], *event)))
-        self.core.tell(event, now_ns)
+        self._decider.tell(event, now_ns)
 
     def take(self, peer: int, frame: bytes, now_ns: int) -> None:
         """A frame of a peer came that is not written yet."""
@@ -208,13 +223,13 @@ class Ledger:
         except ProtocolError as error:
             self.core.refuse(peer, str(error))
         else:
-            self.core.receive(peer, messages, now_ns)
+            self._decider.receive(peer, messages, now_ns)
 
     def _take_greeting(self, peer: int, greeting: bytes | memoryview, now_ns: int) -> None:
         mail = self.mail.get(peer)
         if mail is not None and mail.post is not None:
             self._count(peer, mail.post)
-        self.core.receive(peer, m.decode_to_broker(greeting)[1:], now_ns)
+        self._decider.receive(peer, m.decode_to_broker(greeting)[1:], now_ns)
 
     def _count(self, peer: int, post: Post) -> None:
         post.heard += 1
@@ -260,7 +275,7 @@ class Ledger:
 
     def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         self.core.end_turn(now_ns)
-        messages, rest = self.core.take()
+        messages, rest = self._decider.take()
         for peer in self._owed:
             messages.setdefault(peer, [])
         for peer, some in messages.items():

@@ -42,6 +42,7 @@ from .outboxes import Outboxes
 from .peers import Peer, Peers
 from .router import Router
 from .takeover import TakeOver
+from .tracing.tracer import Tracer
 from .trail import FollowedCore
 from .turn_end import TurnEnd
 
@@ -104,6 +105,7 @@ class Loop:
         self._greeting = Greeting(ledger, peers, doorman, router)
         self._outboxes = Outboxes(ledger, peers, doorman, router)
         self._turn_end = TurnEnd(ledger, self._journal, peers, self._outboxes, control, config.owner_pid)
+        self._tracer = Tracer(ledger, control)
         control.hold_reserve()
 
     def run(self) -> None:
@@ -274,6 +276,10 @@ class Loop:
                 self._ledger.decide(e.Drain(), time.monotonic_ns())
             elif isinstance(message, (c.PeerIsKept, c.PeerNotKept)):
                 self._admission.decided_on(message.peer, kept=isinstance(message, c.PeerIsKept))
+            elif isinstance(message, c.StartTrace):
+                self._tracer.start(message.trace, fds[0], time.monotonic_ns())
+            elif isinstance(message, c.StopTrace):
+                self._tracer.stop(message.trace, time.monotonic_ns())
 
     def _worker_gone(self, message: c.WorkerGone) -> None:
         for peer in self._peers.of.values():

@@ -36,6 +36,7 @@ from .gpus import gpu_list
 from .models import AnyModel, Model, new_source, read_models
 from .planning import child_environment, error_of
 from .reload.requests import reload
+from .tracing.asking import DEFAULT_BUFFER_MIB, Recording
 from .users import user_ids
 
 _numbers = itertools.count(1)
@@ -283,6 +284,22 @@ class Pool(Client):
         if self._process is None:
             raise PoolClosed("this pool was closed; make another")
         return reload(self._directory, [new_source(model) for model in models], timeout_s=timeout_s)
+
+    def trace(self, output: str | os.PathLike[str], *, buffer_mib: int = DEFAULT_BUFFER_MIB) -> Recording:
+        """Record what the pool does, from here to the end of a ``with``; see docs/tracing.md.
+
+        Args:
+            output: the file that is written then, as Chrome's trace events in JSON.
+            buffer_mib: MiB for what is recorded; what has no room is dropped, and counted in `Recording.trace`.
+
+        Raises:
+            ConfigError: the file cannot be written, or there is no memory for the buffer.
+            PoolBusy: another trace is under way.
+            PoolClosed: the pool was closed or has ended.
+        """
+        if self._process is None:
+            raise PoolClosed("this pool was closed; make another")
+        return Recording(self._directory, output, buffer_mib=buffer_mib)
 
     def close(self) -> None:
         """Disconnect, let work in flight finish, and end the pool.  Again: nothing."""

@@ -16,7 +16,7 @@ import logging
 import select
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -29,6 +29,9 @@ from . import control as c
 from .broker_link import BrokerLink
 from .children import Children
 from .crew import Crew
+
+if TYPE_CHECKING:
+    from .tracing.traces import Traces
 
 log = logging.getLogger("trtpool.supervisor")
 
@@ -52,6 +55,7 @@ class Succession:
         ready: whether the present broker is.
         generation: of the workers that the brokers certainly send work to.
         drained: whether all work is done, after which no other broker is started.
+        traces: what is told of traces, once the pool serves.
     """
 
     def __init__(self, config: BrokerConfig, children: Children, link: BrokerLink, crew: Crew) -> None:
@@ -63,6 +67,7 @@ class Succession:
         self._epoch = self._tries = 0
         self.ready = self.drained = False
         self.generation = 0
+        self.traces: Traces | None = None
 
     def start(self) -> None:
         """Start the first broker, or one that takes over from it."""
@@ -94,6 +99,9 @@ class Succession:
             self.drained = True
         elif isinstance(message, c.WorkersSwitched):
             self.generation = message.generation
+        elif isinstance(message, (c.TraceStarted, c.TraceStopped)):
+            if self.traces is not None:
+                self.traces.broker_said(message)
         elif isinstance(message, (c.WorkerIsReady, c.WorkerSaid, c.WorkerHangs, c.WorkerLeaves)):
             self._crew.hear(message)
 
@@ -131,6 +139,8 @@ class Succession:
                 "all that was in flight is lost, start the pool again"
             )
         log.error("the broker ended: %s; another takes over", how)
+        if self.traces is not None:
+            self.traces.broker_ended()
         self.start()
         self._crew.bequeath()  # first, so that there are descriptors for them
         for peer, (pid, fds) in self._clients.items():

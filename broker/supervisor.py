@@ -38,10 +38,13 @@ from .crew import Crew, sooner
 from .exporter import Exporter, listen
 from .journal import create_table, journal_bytes
 from .planning import inspect, is_plan, lay_out, probe, requests
-from .reload.desk import Desk
+from .reload.desk import Asked, Desk
 from .reload.reloads import Reloads
+from .reload.requests import ReloadRequest
 from .signals import Signals, Stopped
 from .succession import Succession
+from .tracing.requests import TraceEnd, TraceRequest
+from .tracing.traces import Traces
 
 log = logging.getLogger("trtpool.supervisor")
 
@@ -74,6 +77,7 @@ class Supervisor:
     _succession: Succession
     _desk: Desk
     _reloads: Reloads
+    _traces: Traces
 
     def __init__(
         self,
@@ -140,6 +144,7 @@ class Supervisor:
         self._reloads = Reloads(
             self._settings, gpus, config.layout, self._children, self._crew, self._succession, self._desk
         )
+        self._traces = self._succession.traces = Traces(self._link, self._desk)
         self._serving = True
         self._warn_of_spinning()
         log.info("pool %r is ready in %s", settings.name, run_dir.path)
@@ -228,7 +233,13 @@ class Supervisor:
             elif fd in self._children:
                 self._child_ended(fd)
             elif self._serving and self._desk.is_fd(fd) and (asked := self._desk.look_at(fd)) is not None:
-                self._reloads.hear(asked)
+                self._hear(asked)
+
+    def _hear(self, asked: Asked) -> None:
+        if not isinstance(asked.request, ReloadRequest):
+            self._traces.hear(asked, ready=self._succession.ready and self._link.hears)
+        if not isinstance(asked.request, (TraceRequest, TraceEnd)):  # who asks nothing more may be either's
+            self._reloads.hear(asked)
 
     def _child_ended(self, pidfd: int) -> None:
         place = self._crew.at(pidfd)

@@ -38,6 +38,7 @@ OPTIONAL = (
     "PIL",
     "cv2",
     "torch",
+    "nvtx",
 )
 SOURCES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -28,9 +28,10 @@ def make_loop(joined: Joined, config: WorkerConfig) -> WorkerLoop | LaneLoop:
     if config.gpu is None:
         return WorkerLoop(joined, config, load)
     from .gpu import GpuWorker  # with what only GPUs need
+    from .nvtx_ranges import loop_type
 
     gpu = GpuWorker(joined, config)
-    return LaneLoop(joined, config, gpu.engines, gpu.device)
+    return loop_type()(joined, config, gpu.engines, gpu.device)
 
 
 def main() -> int:

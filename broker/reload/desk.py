@@ -10,20 +10,27 @@ import os
 import select
 import socket
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
 from trtpool.broker.children import Children
+from trtpool.broker.tracing.requests import TraceEnd, TraceOver, TraceRequest, Tracing
+from trtpool.ipc import lifeline
 from trtpool.ipc.errors import ProtocolError, RunDirError, TrtpoolError
 from trtpool.ipc.process import peer_credentials
 from trtpool.ipc.rundir import REQUESTS
 from trtpool.ipc.settings import Refusal
 
-from .requests import PACKET_BYTES, Answer, Refused, ReloadRequest, decode_request, encode
+from .requests import Answer, Refused, ReloadRequest, encode
 
 MAX_ASKERS: Final = 8
 """Commands at once; one more is turned away, so that they do not take the descriptors that workers need."""
+
+
+Request: TypeAlias = ReloadRequest | TraceRequest | TraceEnd
+
+_decode = msgspec.json.Decoder(Request).decode
 
 
 class Asker:
@@ -37,7 +44,7 @@ class Asker:
         self.sock = sock
         self.gone = False
 
-    def tell(self, answer: Answer) -> None:
+    def tell(self, answer: Answer | Tracing | TraceOver) -> None:
         """Tell it, if it listens."""
         if not self.gone:
             with contextlib.suppress(OSError):
@@ -49,10 +56,11 @@ class Asker:
 
 
 class Asked(NamedTuple):
-    """What a command wants; None: nothing any more."""
+    """What a command wants; None: nothing any more.  Descriptors come with a `TraceRequest`, and are the caller's."""
 
     asker: Asker
-    request: ReloadRequest | None
+    request: Request | None
+    fds: list[int]
 
 
 class Desk:
@@ -96,19 +104,27 @@ class Desk:
         if asker is None:
             self._accept()
             return None
+        fds: list[int] = []
         try:
-            data = asker.sock.recv(PACKET_BYTES, socket.MSG_DONTWAIT)
+            with self._children.room():
+                data, fds = lifeline.receive_packet(asker.sock, socket.MSG_DONTWAIT, max_fds=1)
         except BlockingIOError:
             return None
-        except OSError:
+        except (OSError, ProtocolError):  # too large, or with more descriptors than one
             data = b""
         if not data:
             asker.gone = True
+            lifeline.close_all(fds)
             self.dismiss(asker)
-            return Asked(asker, None)
+            return Asked(asker, None, [])
         try:
-            return Asked(asker, decode_request(data))
+            request = _decode(data)
+            if fds and not isinstance(request, TraceRequest):
+                lifeline.close_all(fds)
+                fds = []
+            return Asked(asker, request, fds)
         except msgspec.MsgspecError as error:
+            lifeline.close_all(fds)
             asker.refuse(ProtocolError(f"the pool cannot read that ({error}); is it of another version?"))
             self.dismiss(asker)
             return None

@@ -79,8 +79,8 @@ class Reloads:
 
     def hear(self, asked: Asked) -> None:
         """A command said something."""
-        asker, request = asked
-        if request is not None:
+        asker, request = asked.asker, asked.request
+        if isinstance(request, ReloadRequest):
             try:
                 self._begin(asker, request)
             except TrtpoolError as error:

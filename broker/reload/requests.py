@@ -60,7 +60,6 @@ class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refu
 Answer: TypeAlias = Progress | Reloaded | Refused
 
 _decode_answer = msgspec.json.Decoder(Answer).decode
-decode_request = msgspec.json.Decoder(ReloadRequest).decode
 encode = msgspec.json.Encoder().encode
 
 
@@ -89,7 +88,7 @@ def reload(
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     switched = False
-    with _connect(run_dir) as sock:
+    with connect(run_dir) as sock:
         with contextlib.suppress(ConnectionError):  # it ended, as `_receive` finds
             sock.send(encode(ReloadRequest(tuple(models))))
         while True:
@@ -120,7 +119,13 @@ def _receive(sock: socket.socket, *, switched: bool) -> Answer:
     return answer
 
 
-def _connect(run_dir: Path) -> socket.socket:
+def connect(run_dir: Path) -> socket.socket:
+    """Connect to where the supervisor of the pool in `run_dir` takes requests.
+
+    Raises:
+        PoolNotFound: no pool runs there.
+        RunDirError: it is another user's.
+    """
     if not run_dir.exists():
         raise PoolNotFound(f"no pool runs in {run_dir}; start one with `trtpool start`")
     rundir.check_private(run_dir, entered=True)

@@ -67,10 +67,10 @@ def rig(tmp_path: Path) -> Iterator[Rig]:
 def test_what_is_asked_is_heard_and_answered(rig: Rig) -> None:
     command = rig.connect()
     command.send(encode(REQUEST))
-    ((asker, request),) = rig.look()
+    ((asker, request, _),) = rig.look()
     assert request == REQUEST
     command.close()
-    assert rig.look() == [Asked(asker, None)]
+    assert rig.look() == [Asked(asker, None, [])]
     assert asker.gone
     rig.desk.dismiss(asker)  # once more is harmless
 

@@ -160,7 +160,7 @@ class End:
 class Rig:
     """A loop in a thread, with the broker's end of its lifeline in the test's hands."""
 
-    def __init__(self, lanes: Sequence[int], *, spins: bool) -> None:
+    def __init__(self, lanes: Sequence[int], *, spins: bool, kind: type[LaneLoop] = LaneLoop) -> None:
         self.broker, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.broker.settimeout(NET_S)
         x, y = TensorSpec("x", "float32", (2,)), TensorSpec("y", "float32", (2,))
@@ -176,7 +176,7 @@ class Rig:
         self.end = End()
         config = WorkerConfig(os.getpid(), theirs.fileno(), (), 1, gpu=7, busy_poll=spins)
         engines: Any = self.engines
-        self.loop = LaneLoop(self.joined, config, engines, "Fake GPU", end=self.end)
+        self.loop = kind(self.joined, config, engines, "Fake GPU", end=self.end)
         self.raised: BaseException | None = None
         self.closed = False
         self._thread = threading.Thread(target=self._run)
