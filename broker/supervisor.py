@@ -35,10 +35,10 @@ from . import control as c
 from .broker_link import BrokerLink
 from .children import Children
 from .crew import Crew, sooner
+from .desk import Asked, Desk
 from .exporter import Exporter, listen
 from .journal import create_table, journal_bytes
 from .planning import inspect, is_plan, lay_out, probe, requests
-from .reload.desk import Asked, Desk
 from .reload.reloads import Reloads
 from .reload.requests import ReloadRequest
 from .signals import Signals, Stopped

@@ -24,6 +24,7 @@ import msgspec
 
 from trtpool.broker.children import Child, Children
 from trtpool.broker.crew import Crew, Place
+from trtpool.broker.desk import Asked, Asker, Desk
 from trtpool.broker.planning import error_of, requests
 from trtpool.broker.succession import Succession
 from trtpool.ipc.errors import ConfigError, ModelError, PoolBusy, PoolClosed, StartFailed, TrtpoolError
@@ -32,7 +33,6 @@ from trtpool.ipc.process import describe_exit
 from trtpool.ipc.settings import GpuInfo, ModelSource, PoolSettings
 from trtpool.ipc.signature import differences
 
-from .desk import Asked, Asker, Desk
 from .examine import ExamineConfig, Examined
 from .requests import Progress, Reloaded, ReloadRequest
 

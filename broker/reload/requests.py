@@ -1,4 +1,4 @@
-"""What a command asks of a supervisor, over a socket in the run directory that its user alone can connect to.
+"""What `trtpool reload` and the supervisor say to each other; see `broker.requests`.
 
 ::
 
@@ -7,29 +7,23 @@
       | <-- Progress ---------------- |  any number
       | <-- Reloaded or Refusal ----- |  last
       x --- end of file ------------> |  before the switch: it is called off
-
-A packet is one message as JSON.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
 from trtpool.broker.planning import error_of
-from trtpool.ipc import rundir
-from trtpool.ipc.errors import PoolBusy, PoolClosed, PoolNotFound, ProtocolError, RunDirError
-from trtpool.ipc.settings import ModelSource, Refusal
-
-PACKET_BYTES: Final = 160 * 1024
-"""Most bytes of one message."""
+from trtpool.broker.requests import PACKET_BYTES, Refused, connect, encode
+from trtpool.ipc.errors import PoolBusy, PoolClosed, ProtocolError
+from trtpool.ipc.settings import ModelSource
 
 
 class ReloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):
@@ -51,16 +45,9 @@ class Reloaded(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="rel
     generation: int
 
 
-class Refused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
-    """Nothing has changed, and why."""
-
-    refusal: Refusal
-
-
 Answer: TypeAlias = Progress | Reloaded | Refused
 
 _decode_answer = msgspec.json.Decoder(Answer).decode
-encode = msgspec.json.Encoder().encode
 
 
 def reload(
@@ -117,27 +104,3 @@ def _receive(sock: socket.socket, *, switched: bool) -> Answer:
     except msgspec.MsgspecError as error:
         raise ProtocolError(f"the pool's answer cannot be read ({error}); is it of another version?") from error
     return answer
-
-
-def connect(run_dir: Path) -> socket.socket:
-    """Connect to where the supervisor of the pool in `run_dir` takes requests.
-
-    Raises:
-        PoolNotFound: no pool runs there.
-        RunDirError: it is another user's.
-    """
-    if not run_dir.exists():
-        raise PoolNotFound(f"no pool runs in {run_dir}; start one with `trtpool start`")
-    rundir.check_private(run_dir, entered=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-    try:
-        sock.connect(os.fspath(run_dir / rundir.REQUESTS))
-    except PermissionError as error:
-        sock.close()
-        raise RunDirError(f"the pool in {run_dir} takes requests from the user who started it alone") from error
-    except OSError as error:
-        sock.close()
-        raise PoolNotFound(
-            f"no pool answers in {run_dir} ({error.strerror or error}); start one with `trtpool start`"
-        ) from error
-    return sock

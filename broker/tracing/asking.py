@@ -14,7 +14,7 @@ from typing import Final, TypeAlias
 import msgspec
 
 from trtpool.broker.planning import error_of
-from trtpool.broker.reload.requests import PACKET_BYTES, Refused, connect
+from trtpool.broker.requests import PACKET_BYTES, Refused, connect, encode
 from trtpool.ipc.errors import ConfigError, PoolBusy, PoolClosed, ProtocolError
 
 from . import records
@@ -29,7 +29,6 @@ ANSWER_S: Final = 30.0
 
 _Answer: TypeAlias = Refused | Tracing | TraceOver
 _decode = msgspec.json.Decoder(_Answer).decode
-_encode = msgspec.json.Encoder().encode
 
 
 class Recording:
@@ -71,7 +70,7 @@ class Recording:
             stack.callback(os.close, self._fd)
             with contextlib.suppress(ConnectionError):  # it ended, as `_receive` finds
                 # The supervisor reads JSON here, so this is not `lifeline.send_packet`.
-                socket.send_fds(self._sock, [_encode(TraceRequest())], [self._fd])
+                socket.send_fds(self._sock, [encode(TraceRequest())], [self._fd])
             if self._hear(ANSWER_S):  # before anything was written
                 raise PoolBusy(self._over)
             self._stack = stack.pop_all()
@@ -113,7 +112,7 @@ class Recording:
         """Have the pool write no more; one that does not answer has no say in what becomes of what it wrote."""
         try:
             with contextlib.suppress(ConnectionError):
-                self._sock.send(_encode(TraceEnd()))
+                self._sock.send(encode(TraceEnd()))
             while not self._hear(ANSWER_S):
                 pass
         except PoolBusy as error:

@@ -1,4 +1,4 @@
-"""What a command that traces and the supervisor say to each other, over the socket of `reload.requests`.
+"""What a command that traces and the supervisor say to each other, over the socket of `broker.requests`.
 
 ::
 

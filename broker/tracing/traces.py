@@ -9,7 +9,7 @@ import logging
 
 from trtpool.broker import control as c
 from trtpool.broker.broker_link import BrokerLink
-from trtpool.broker.reload.desk import Asked, Asker, Desk
+from trtpool.broker.desk import Asked, Asker, Desk
 from trtpool.ipc import lifeline
 from trtpool.ipc.errors import PoolBusy, ProtocolError
 

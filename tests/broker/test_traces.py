@@ -11,9 +11,9 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from tests.broker.test_reload_desk import Rig
+from tests.broker.test_desk import Rig
 from trtpool.broker import control as c
-from trtpool.broker.reload.requests import Refused
+from trtpool.broker.requests import Refused
 from trtpool.broker.tracing.requests import TraceEnd, TraceOver, TraceRequest, Tracing
 from trtpool.broker.tracing.traces import Traces
 

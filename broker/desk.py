@@ -14,15 +14,16 @@ from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from trtpool.broker.children import Children
-from trtpool.broker.tracing.requests import TraceEnd, TraceOver, TraceRequest, Tracing
 from trtpool.ipc import lifeline
 from trtpool.ipc.errors import ProtocolError, RunDirError, TrtpoolError
 from trtpool.ipc.process import peer_credentials
 from trtpool.ipc.rundir import REQUESTS
 from trtpool.ipc.settings import Refusal
 
-from .requests import Answer, Refused, ReloadRequest, encode
+from .children import Children
+from .reload.requests import Answer, ReloadRequest
+from .requests import Refused, encode
+from .tracing.requests import TraceEnd, TraceOver, TraceRequest, Tracing
 
 MAX_ASKERS: Final = 8
 """Commands at once; one more is turned away, so that they do not take the descriptors that workers need."""

@@ -18,8 +18,9 @@ import pytest
 from trtpool.broker import control as c
 from trtpool.broker import crew
 from trtpool.broker.children import Children
-from trtpool.broker.reload.desk import MAX_ASKERS, Asked, Desk
-from trtpool.broker.reload.requests import Refused, ReloadRequest, encode
+from trtpool.broker.desk import MAX_ASKERS, Asked, Desk
+from trtpool.broker.reload.requests import ReloadRequest
+from trtpool.broker.requests import Refused, encode
 from trtpool.ipc.settings import ModelSource, PoolSettings
 
 REQUEST = ReloadRequest((ModelSource("/new.onnx", "det"),))
