@@ -31,7 +31,7 @@ def make_loop(joined: Joined, config: WorkerConfig) -> WorkerLoop | LaneLoop:
     from .nvtx_ranges import loop_type
 
     gpu = GpuWorker(joined, config)
-    return loop_type()(joined, config, gpu.engines, gpu.device)
+    return loop_type(LaneLoop)(joined, config, gpu.engines, gpu.device)
 
 
 def main() -> int:

@@ -10,12 +10,13 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from trtpool.ipc import messages as m
 
-from .joining import Job
-from .lane_loop import LaneLoop
+if TYPE_CHECKING:
+    from .joining import Job
+    from .lane_loop import LaneLoop
 
 log = logging.getLogger("trtpool.worker")
 
@@ -25,29 +26,29 @@ _SIGNS: Final = ("NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID")
 """What a profiler sets in the environment: the library that NVTX calls, and Nsight Systems its session."""
 
 
-class MarkedLaneLoop(LaneLoop):
-    """A loop whose launches are ranges in the domain "trtpool", such as "batch 7.0: 8 items of det".
-
-    The numbers are the batch's and the attempt's, as in logs and traces.
-    """
-
-    nvtx: Any
-    """The package `nvtx`."""
-
-    def _launch(self, job: Job, rows: Sequence[m.Rows]) -> None:
-        run = job.run
-        items, name = sum(one.items for one in rows), self._joined.models[run.model].spec.name
-        with self.nvtx.annotate(f"batch {run.batch}.{run.attempt}: {items} items of {name}", domain=DOMAIN):
-            super()._launch(job, rows)
-
-
-def loop_type(environ: Mapping[str, str] = os.environ) -> type[LaneLoop]:
-    """The loop for a worker: with ranges if there is a profiler to see them, and `nvtx` is installed."""
+def loop_type(plain: type[LaneLoop], environ: Mapping[str, str] = os.environ) -> type[LaneLoop]:
+    """The loop for a worker: `plain`, or with ranges if there is a profiler to see them, and `nvtx` is installed."""
     if not any(environ.get(sign) for sign in _SIGNS):
-        return LaneLoop
+        return plain
     try:
         nvtx = importlib.import_module("nvtx")
     except ImportError:
         log.warning("a profiler is attached and would show batches by name with nvtx: pip install 'trtpool[nvtx]'")
-        return LaneLoop
-    return type("MarkedLaneLoop", (MarkedLaneLoop,), {"nvtx": nvtx})
+        return plain
+    return _marked(plain, nvtx)
+
+
+def _marked(plain: type[LaneLoop], nvtx: Any) -> type[LaneLoop]:
+    class MarkedLaneLoop(plain):  # type: ignore[valid-type, misc]  # a base that is told at run time
+        """A loop whose launches are ranges in the domain "trtpool", such as "batch 7.0: 8 items of det".
+
+        The numbers are the batch's and the attempt's, as in logs and traces.
+        """
+
+        def _launch(self, job: Job, rows: Sequence[m.Rows]) -> None:
+            run = job.run
+            items, name = sum(one.items for one in rows), self._joined.models[run.model].spec.name
+            with nvtx.annotate(f"batch {run.batch}.{run.attempt}: {items} items of {name}", domain=DOMAIN):
+                super()._launch(job, rows)
+
+    return MarkedLaneLoop

@@ -46,7 +46,7 @@ def nvtx(monkeypatch: pytest.MonkeyPatch) -> FakeNvtx:
 @pytest.mark.parametrize("sign", ["NVTX_INJECTION64_PATH", "NSYS_PROFILING_SESSION_ID"])
 def test_each_launch_is_a_range_that_names_its_batch(nvtx: FakeNvtx, sign: str) -> None:
     interval = sys.getswitchinterval()
-    rig = Rig([1], spins=True, kind=loop_type({sign: "1"}))
+    rig = Rig([1], spins=True, kind=loop_type(LaneLoop, {sign: "1"}))
     try:
         nvtx.engine = rig.engines[0]
         rig.send(m.Run(7, 2, 0, [m.Rows(0, 0, 3, 3), m.Rows(0, 5, 1, 1)]))
@@ -67,7 +67,7 @@ def test_each_launch_is_a_range_that_names_its_batch(nvtx: FakeNvtx, sign: str) 
 
 def test_without_a_profiler_nothing_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvtx", None)  # an import would fail
-    assert loop_type({"NVTX_INJECTION64_PATH": ""}) is LaneLoop
+    assert loop_type(LaneLoop, {"NVTX_INJECTION64_PATH": ""}) is LaneLoop
 
 
 def test_a_profiler_without_the_package_is_told_what_it_misses(
@@ -75,5 +75,5 @@ def test_a_profiler_without_the_package_is_told_what_it_misses(
 ) -> None:
     monkeypatch.setitem(sys.modules, "nvtx", None)
     with caplog.at_level(logging.WARNING):
-        assert loop_type({"NVTX_INJECTION64_PATH": "/x.so"}) is LaneLoop
+        assert loop_type(LaneLoop, {"NVTX_INJECTION64_PATH": "/x.so"}) is LaneLoop
     assert "pip install 'trtpool[nvtx]'" in caplog.text
