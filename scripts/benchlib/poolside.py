@@ -39,6 +39,7 @@ class PoolSetup:
         items_per_slot: a divisor of `base.count`.
         max_batch: items.
         transport: what carries the messages.
+        busy_poll: all processes spin instead of sleeping.
     """
 
     base: Setup
@@ -46,6 +47,7 @@ class PoolSetup:
     max_batch: int
     items_per_slot: int = 1
     transport: str = "lifeline"
+    busy_poll: bool = False
 
     @property
     def slots(self) -> int:
@@ -149,6 +151,7 @@ def pool(setup: PoolSetup) -> Iterator[Started]:
         trtpool.Pool(
             model=str(setup.base.model), device="cpu", workers=1, threads=1, slots=setup.slots,
             items_per_slot=setup.items_per_slot, transport=setup.transport, max_batch=setup.max_batch,
+            busy_poll=setup.busy_poll,
         ) as running,
         running.handle().connect() as client,
     ):  # fmt: skip

@@ -24,6 +24,7 @@ class Runs(Contestant):
         slots_a_run: slots of small items that are leased and submitted at once.
         items_per_slot: for small items.
         room: how many small items the arena holds.
+        busy_poll: all processes spin, one at a time.
     """
 
     name = "trtpool"
@@ -35,13 +36,16 @@ class Runs(Contestant):
     items_per_slot: ClassVar[int] = 1
     room: ClassVar[int] = SMALL_ITEMS
     max_batch: ClassVar[int] = 256
+    busy_poll: ClassVar[bool] = False
 
     @contextlib.contextmanager
     def producers(self, job: Job, count: int) -> Iterator[Connects]:
         from scripts.benchlib.poolside import PoolSetup, pool  # imports trtpool
 
         if job.one_at_a_time:
-            setup = PoolSetup(Setup(job.workload, job.model, count, 64), "single", max_batch=16)
+            setup = PoolSetup(
+                Setup(job.workload, job.model, count, 64), "single", max_batch=16, busy_poll=self.busy_poll
+            )
         else:
             items = job.pick(images=RUN_IMAGES, small=self.slots_a_run * self.items_per_slot)
             messages = job.pick(images=IMAGE_SLOTS, small=self.room) // items
@@ -67,3 +71,10 @@ class Slots64(Runs):
     room = 16 * 8 * CHUNK
     max_batch = 1024
     note = f"items_per_slot={CHUNK}, runs of 8 slots"
+
+
+class Spinning(Runs):
+    name = "trtpool-spin"
+    kinds = ("latency",)
+    busy_poll = True
+    note = "with --busy-poll: broker, worker and producer each keep a CPU busy, and need three"

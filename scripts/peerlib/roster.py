@@ -13,6 +13,7 @@ CONTESTANTS: Final[dict[str, type[Contestant]]] = {
         own.Runs,
         own.ShortRuns,
         own.Slots64,
+        own.Spinning,
         local.Ring,
         local.ChunkedRing,
         iceoryx.Iceoryx,
