@@ -18,7 +18,7 @@ from tests.models import save
 from tests.system.rig import NEGATE, Process, StartedPool, family, submit
 from tests.system.rig import answer as answer_of
 from trtpool.ipc import errors, lifeline
-from trtpool.ipc.rundir import LIFELINE, LOCK, ZMQ_PREFIX
+from trtpool.ipc.rundir import LIFELINE, LOCK, REQUESTS, ZMQ_PREFIX
 
 ALICE, BOB = 54321, 54322
 
@@ -85,11 +85,13 @@ def modes(run_dir: Path) -> dict[str, int]:
 
 
 def test_without_other_users_all_is_private(pool):
-    assert modes(pool.run_dir) == {"run": 0o700, LOCK: 0o600, LIFELINE: 0o600, f"{ZMQ_PREFIX}1": 0o600}
+    private = dict.fromkeys((LOCK, LIFELINE, REQUESTS, f"{ZMQ_PREFIX}1"), 0o600)
+    assert modes(pool.run_dir) == {"run": 0o700, **private}
 
 
-def test_with_other_users_the_sockets_are_open_and_nothing_else(open_pool):
-    assert modes(open_pool.run_dir) == {"run": 0o711, LOCK: 0o600, LIFELINE: 0o666, f"{ZMQ_PREFIX}1": 0o666}
+def test_with_other_users_the_sockets_of_clients_are_open_and_nothing_else(open_pool):
+    private, shared = dict.fromkeys((LOCK, REQUESTS), 0o600), dict.fromkeys((LIFELINE, f"{ZMQ_PREFIX}1"), 0o666)
+    assert modes(open_pool.run_dir) == {"run": 0o711, **private, **shared}
 
 
 @as_root
@@ -226,4 +228,4 @@ def test_what_listens_has_a_path_in_the_run_directory(pool):
         _, _, _, flags, _, _, inode, *path = line.split()
         if inode in held and int(flags, 16) & 0x10000:  # __SO_ACCEPTCON
             listening += path or ["no name"]
-    assert sorted(listening) == [str(pool.run_dir / LIFELINE), str(pool.run_dir / f"{ZMQ_PREFIX}1")]
+    assert sorted(listening) == [str(pool.run_dir / name) for name in (LIFELINE, REQUESTS, f"{ZMQ_PREFIX}1")]
