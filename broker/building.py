@@ -21,8 +21,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,10 +30,10 @@ import msgspec
 
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.building import BUILD_FORMAT, RECORD_SUFFIX, WEIGHTS_SUFFIX, Builder, BuildRequest, Line, PlanRecord
-from trtpool.ipc.errors import ConfigError, ModelError
-from trtpool.ipc.process import describe_exit
+from trtpool.ipc.errors import ConfigError
 from trtpool.ipc.settings import DEFAULT_BUILD_BATCH, BuildSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings
 
+from .child_lines import last_line
 from .planning import Waiting, child_environment, error_of, is_plan, requests
 
 TELL_EVERY: Final = 0.25
@@ -123,36 +121,23 @@ def record_of(plan: Path) -> Path:
 
 def _run(request: BuildRequest, env: Mapping[str, str], show: Show, waiting: Waiting) -> Line:
     """Have a child do it; returns its last line."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "trtpool.workers.build"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env,
-        cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
-        start_new_session=True,  # Ctrl-C is for us alone
+    last = last_line(
+        "trtpool.workers.build",
+        request,
+        Line,
+        env,
+        _is_outcome,
+        show,
+        f"{request.source.path}: building a plan",
+        waiting,
     )
-    last: Line | None = None
-    try:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        with waiting():
-            with contextlib.suppress(BrokenPipeError), child.stdin:
-                child.stdin.write(msgspec.json.encode(request))
-            for raw in child.stdout:
-                line = msgspec.json.decode(raw, type=Line)
-                if line.built or line.builder or line.refusal:
-                    last = line
-                else:
-                    show(line)
-            child.wait()
-    finally:
-        with child:  # closes its pipes and waits for its end
-            child.kill()
-    if last is None or child.returncode:
-        raise ModelError(f"{request.source.path}: building a plan ended with {describe_exit(child.returncode)}")
     if last.refusal:
         raise error_of(last.refusal)
     return last
+
+
+def _is_outcome(line: Line) -> bool:
+    return bool(line.built or line.builder or line.refusal)
 
 
 @contextlib.contextmanager

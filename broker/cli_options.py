@@ -70,6 +70,16 @@ def parse_gpus(_ctx: click.Context, _parameter: click.Parameter, value: str | No
         raise click.BadParameter(str(error)) from error
 
 
+flavour_option = click.option(
+    "--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use [default: what the plan is for]."
+)
+host_code_option = click.option(
+    "--allow-host-code/--no-allow-host-code",
+    default=False,
+    help="Let a plan run code of its own here; trust it like a program.",
+)
+
+
 ENGINE_OPTIONS: Final = (
     click.option(
         "--gpus",
@@ -98,18 +108,9 @@ ENGINE_OPTIONS: Final = (
         show_default=True,
         help="Batches that a worker on a GPU has in flight at once.",
     ),
-    click.option(
-        "--flavour",
-        type=click.Choice([*FLAVOURS]),
-        default=None,
-        help="TensorRT to use [default: what the plan is for].",
-    ),
+    flavour_option,
     click.option("--graphs/--no-graphs", default=True, help="Capture the engine's work into CUDA graphs, or do not."),
-    click.option(
-        "--allow-host-code/--no-allow-host-code",
-        default=False,
-        help="Let a plan run code of its own here; trust it like a program.",
-    ),
+    host_code_option,
     click.option(
         "--huge-pages/--no-huge-pages", default=False, help="Put the arena on huge pages, if enough are free."
     ),

@@ -13,14 +13,13 @@ from rich.console import Console
 
 from trtpool import __version__
 from trtpool.broker.cli_build import build_options
-from trtpool.broker.cli_options import parse_gpus, parse_shapes
+from trtpool.broker.cli_options import flavour_option, host_code_option, parse_gpus, parse_shapes
 from trtpool.broker.planning import child_environment, is_plan, probe, requests
 from trtpool.broker.pool import make_settings
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.profiling import Measured, ProfileRequest
 from trtpool.ipc.settings import (
     DEFAULT_LANES,
-    FLAVOURS,
     BuildSettings,
     EngineSettings,
     InspectRequest,
@@ -75,14 +74,8 @@ def _parse_batches(_ctx: click.Context, _parameter: click.Parameter, value: str 
     show_default=True,
     help="Batches that a pool would have in flight; one more is tried too.",
 )
-@click.option(
-    "--flavour", type=click.Choice([*FLAVOURS]), default=None, help="TensorRT to use [default: what the plan is for]."
-)
-@click.option(
-    "--allow-host-code/--no-allow-host-code",
-    default=False,
-    help="Let a plan run code of its own here; trust it like a program.",
-)
+@flavour_option
+@host_code_option
 @click.option(
     "--threads", type=click.IntRange(0, 4096), default=0, help="Threads in an engine call on the CPU [default: all]."
 )
