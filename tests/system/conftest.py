@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 import trtpool
 from tests.models import PICKY, save
-from tests.system.rig import NEGATE, SLOW, StartedPool, family, watching
+from tests.system.rig import NEGATE, SLOW, StartedPool, family, pool_of_ones_own, watching
 from tests.workers import fake_bindings as fake
 
 SLOTS = 32
@@ -82,13 +81,8 @@ def run_dir(tmp_path: Path) -> Path:
 @pytest.fixture
 def small(negate: Path, run_dir: Path) -> Iterator[StartedPool]:
     """A pool of its own, at rest in the end, which then ends well unless the test ended it."""
-    with StartedPool(negate, run_dir=run_dir, max_batch=2, slots=16) as pool:
+    with pool_of_ones_own(negate, run_dir, max_batch=2, slots=16) as pool:
         yield pool
-        if pool.popen.poll() is None:
-            pool.check_at_rest()
-            pool.kill(signal.SIGTERM)
-            assert pool.wait() == 0
-    assert not run_dir.exists()
 
 
 WORKER_HOOK = """

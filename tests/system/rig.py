@@ -329,6 +329,18 @@ class StartedPool(Process):
         assert self.succeed() == ""
 
 
+@contextlib.contextmanager
+def pool_of_ones_own(model: Path, run_dir: Path, **options: Any) -> Iterator[StartedPool]:
+    """A pool for one test: at rest in the end, which then ends well unless the test ended it."""
+    with StartedPool(model, run_dir=run_dir, **options) as pool:
+        yield pool
+        if pool.popen.poll() is None:
+            pool.check_at_rest()
+            pool.kill(signal.SIGTERM)
+            assert pool.wait() == 0
+    assert not run_dir.exists()
+
+
 def figures(client: trtpool.Client, model: int = 0) -> ModelReport:
     return client.status().models[model]
 

@@ -19,6 +19,7 @@ from tests.system.rig import (
     answer,
     family,
     hold,
+    pool_of_ones_own,
     producer,
     submit,
     wait_all_free,
@@ -70,13 +71,8 @@ def twice(tmp_path: Path) -> Path:
 @pytest.fixture
 def pool(negate: Path, run_dir: Path) -> Iterator[StartedPool]:
     """Two workers, at rest in the end."""
-    with StartedPool(negate, run_dir=run_dir, workers=2, threads=1, slots=32, max_batch=4) as pool:
+    with pool_of_ones_own(negate, run_dir, workers=2, threads=1, slots=32, max_batch=4) as pool:
         yield pool
-        if pool.popen.poll() is None:
-            pool.check_at_rest()
-            pool.kill(signal.SIGTERM)
-            assert pool.wait() == 0
-    assert not run_dir.exists()
 
 
 def reload(pool: StartedPool, model: Path | str, *options: str) -> Process:
