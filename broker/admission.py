@@ -216,6 +216,7 @@ class Admission:
             layout=self._config.layout,
             gpus=self._config.gpus,
             busy_poll=self._config.busy_poll,
+            spin_us=self._config.spin_us,
             slow_ms=self._config.slow_ms,
         )
         try:

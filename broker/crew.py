@@ -174,6 +174,7 @@ class Crew:
                 name=place.name,
                 gpu=place.gpu,
                 busy_poll=self._settings.busy_poll,
+                spin_us=self._settings.spin_us or 0,
             )
             gpu = None if place.gpu is None else self._settings.gpus[place.gpu]
             child = self._children.spawn("trtpool.workers", config, [workers.fileno()], gpu)

@@ -27,6 +27,7 @@ import zmq
 
 from trtpool.ipc import messages as m
 from trtpool.ipc.settings import BrokerConfig
+from trtpool.ipc.spinning import Spin
 
 from . import control as c
 from . import events as e
@@ -92,6 +93,7 @@ class Loop:
         self._ledger = ledger = Ledger(self._core, self._journal)
         self._doorman = doorman = Doorman()
         self._spins = config.busy_poll
+        self._spin = Spin(config.spin_us)
         self._turns = 0
         self._vain = 0  # turns in a row that looked for what came meanwhile, and found nothing
         self._control = control = ControlSocket(config.control_fd)
@@ -166,11 +168,17 @@ class Loop:
             if timer_ns:
                 due_ns = min(due_ns, timer_ns) if due_ns else timer_ns
         if not due_ns and not self._peers.slow:
-            return self._epoll.poll()
+            return self._spin.wait(self._look, self._epoll.poll)
         now_ns = time.monotonic_ns()
         if self._peers.slow:
             due_ns = min(due_ns or now_ns + RETRY_NS, now_ns + RETRY_NS)
-        timeout_s = min(max(0, due_ns - now_ns), LONGEST_SLEEP_NS) / 1e9
+        left_ns = min(max(0, due_ns - now_ns), LONGEST_SLEEP_NS)
+        return self._spin.wait(self._look, lambda: self._sleep_for(left_ns / 1e9), left_ns)
+
+    def _look(self) -> list[tuple[int, int]] | None:
+        return self._epoll.poll(0) or None
+
+    def _sleep_for(self, timeout_s: float) -> list[tuple[int, int]]:
         if 0 < timeout_s < FINE_TIMER_S:
             select.select([self._epoll.fileno()], [], [], timeout_s)
             timeout_s = 0.0

@@ -159,7 +159,7 @@ class Pool(Client):
         run_dir: its run directory; by default one for that name.
         workers: processes of a pool on the CPU; 1 by default.
         workers_per_gpu, huge_pages, slots, items_per_slot, max_batch, max_delay_us, max_slots_per_producer,
-            drain_timeout_s, batch_timeout_s, start_timeout_s, recall_timeout_s, evict, busy_poll, slow_ms,
+            drain_timeout_s, batch_timeout_s, start_timeout_s, recall_timeout_s, evict, busy_poll, spin_us, slow_ms,
             metrics: see
             `trtpool.ipc.settings.PoolSettings`.  This process itself is never evicted.
         allow_users: names or numbers of users who may attach besides this one; `run_dir` must then be in a place
@@ -203,6 +203,7 @@ class Pool(Client):
         recall_timeout_s: float = DEFAULT_RECALL_TIMEOUT_S,
         evict: bool = False,
         busy_poll: bool = False,
+        spin_us: int | None = None,
         slow_ms: float = 0.0,
         metrics: str = "",
         transport: str = DEFAULT_TRANSPORT,
@@ -247,6 +248,7 @@ class Pool(Client):
             recall_timeout_s=recall_timeout_s,
             evict=evict,
             busy_poll=busy_poll,
+            spin_us=spin_us,
             slow_ms=slow_ms,
             metrics=metrics,
         )

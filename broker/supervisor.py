@@ -25,11 +25,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final, NamedTuple
 
+import msgspec
+
 from trtpool.ipc import lifeline
 from trtpool.ipc.arena import create_segment
 from trtpool.ipc.layout import Layout
 from trtpool.ipc.rundir import RunDir
 from trtpool.ipc.settings import BrokerConfig, GpuInfo, PoolSettings
+from trtpool.ipc.spinning import default_spin_us
 
 from . import control as c
 from .broker_link import BrokerLink
@@ -87,6 +90,8 @@ class Supervisor:
         owner_pid: int = 0,
     ) -> None:
         self._requests = requests(settings)
+        if settings.spin_us is None:
+            settings = msgspec.structs.replace(settings, spin_us=default_spin_us())
         self._settings = settings
         self._announce = announce
         self._say = say
@@ -198,6 +203,7 @@ class Supervisor:
             slow_ms=settings.slow_ms,
             owner_pid=self._owner_pid,
             busy_poll=settings.busy_poll,
+            spin_us=settings.spin_us or 0,
             listener_fd=listener.fileno(),
             control_fd=-1,
             arena_fd=arena_fd,

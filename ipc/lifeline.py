@@ -63,6 +63,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
         layout: the arena.
         gpus: how many GPUs the pool has; 0 for a pool on the CPU.
         busy_poll: whether the pool's processes spin while they wait, as its clients are to.
+        spin_us: else, how long at most they spin before they sleep.
         slow_ms: requests that take so long are logged; 0: none.
     """
 
@@ -74,6 +75,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="
     layout: Layout
     gpus: int = 0
     busy_poll: bool = False
+    spin_us: int = 0
     slow_ms: float = 0.0
 
     def __post_init__(self) -> None:

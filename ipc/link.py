@@ -33,6 +33,7 @@ from .errors import PoolClosed, ProtocolError
 from .lifeline import CONNECT_TIMEOUT_S, Description
 from .pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
 from .settings import MAX_FRAME_BYTES, PROTOCOL_VERSION
+from .spinning import Spin, default_spin_us
 
 # Plain integers: enum flags cost 2 us a use, on a path that has 10 us.
 NOBLOCK: Final = int(zmq.NOBLOCK)
@@ -115,6 +116,7 @@ class Link:
     def __init__(self, lifeline: socket.socket, description: Description, busy_poll: bool | None = None) -> None:
         self.ended = False
         self._spins = description.busy_poll if busy_poll is None else busy_poll
+        self._spin = Spin(min(description.spin_us, default_spin_us()))  # here may be fewer CPUs than the pool has
         self._hearing = Hearing()
         self._buffer = memoryview(bytearray(FRAME_BYTES))
         self._lifeline = lifeline
@@ -181,7 +183,14 @@ class Link:
             while not (ready := self._poller.poll(0)) and time.monotonic() < deadline:
                 pass
         else:
-            ready = self._poller.poll(None if timeout_s is None else max(0.0, timeout_s * 1000))
+            timeout_ms = None if timeout_s is None else max(0.0, timeout_s * 1000)
+            if threading.active_count() == 1:  # else who looks would keep the interpreter from the others
+                limit_ns = None if timeout_ms is None else int(timeout_ms * 1e6)
+                ready = self._spin.wait(
+                    lambda: self._poller.poll(0) or None, lambda: self._poller.poll(timeout_ms), limit_ns
+                )
+            else:
+                ready = self._poller.poll(timeout_ms)
         for fd, _ in ready:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):

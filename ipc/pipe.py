@@ -15,6 +15,7 @@ from typing import Final
 from . import messages as m
 from .errors import ProtocolError
 from .lifeline import PACKET_BYTES
+from .spinning import Spin
 
 FRAME_BYTES: Final = PACKET_BYTES
 """Most bytes of a frame, which is one packet."""
@@ -112,10 +113,12 @@ class Pipe:
 
     Args:
         sock: a connected `SOCK_SEQPACKET` socket, which the pipe takes over, and closes.
+        spin_us: how long `receive` may spin before it sleeps.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, spin_us: int = 0) -> None:
         self._sock = sock
+        self._spin = Spin(spin_us)
         self._hearing = Hearing()
         # Frames are read into one buffer: bytes of the largest size, made for each, cost more than the rest.
         self._buffer = memoryview(bytearray(FRAME_BYTES))
@@ -129,14 +132,17 @@ class Pipe:
         """
         self._sock.send(m.encode(messages), socket.MSG_NOSIGNAL)
 
-    def receive(self) -> list[m.FromBroker]:
+    def receive(self, *, spins: bool = True) -> list[m.FromBroker]:
         """Wait for the next frame; an empty list means that the pool has ended.
+
+        Args:
+            spins: spin before sleeping, if that pays: no other thread is to run meanwhile.
 
         Raises:
             ProtocolError: the broker sent something else than messages.
         """
         while True:
-            size = self._read(0)
+            size = self._spin.wait(self._look, self._sleep) if spins else self._sleep()
             if not size:
                 return []
             if messages := self._hearing.take(bytes(self._buffer[:size])):
@@ -157,6 +163,15 @@ class Pipe:
                 return []
             if messages := self._hearing.take(bytes(self._buffer[:size])):
                 return messages
+
+    def _look(self) -> int | None:
+        try:
+            return self._read(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
+
+    def _sleep(self) -> int:
+        return self._read(0)
 
     def _read(self, flags: int) -> int:
         """Read a frame into the buffer; its size, 0 at the end."""

@@ -209,6 +209,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         evict: kill the process of such a client, if those who wait need its slots: nothing else can get them back.
         busy_poll: have broker, workers and clients spin while they wait, which saves the time that it takes to be woken
             and keeps a whole CPU for each of them busy.
+        spin_us: how long at most they look for what comes next before they sleep; see `trtpool.ipc.spinning`.  None:
+            200 where the pool may use 8 CPUs or more, else 0.
         slow_ms: log requests that take longer than this, at most one a second, with where their time went, in the
             broker and in the client; 0: none.
         metrics: serve figures for Prometheus, and /healthz and /readyz, on this ``HOST:PORT``; empty: do not.
@@ -236,6 +238,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     recall_timeout_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] = DEFAULT_RECALL_TIMEOUT_S
     evict: bool = False
     busy_poll: bool = False
+    spin_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
     per_model: dict[str, ModelOptions] = {}
     slow_ms: Annotated[float, msgspec.Meta(ge=0, le=86_400_000)] = 0.0
     metrics: Annotated[str, msgspec.Meta(max_length=300)] = ""
@@ -306,6 +309,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         name: what to call this worker in logs, such as "worker 1 on GPU 0".
         gpu: the pool's number for its GPU, which is the only one that it sees; None on the CPU.
         busy_poll: spin instead of blocking: latency for a whole CPU, which must be to spare.
+        spin_us: else, how long at most to spin before blocking.
     """
 
     parent_pid: int
@@ -315,6 +319,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str = "worker"
     gpu: int | None = None
     busy_poll: bool = False
+    spin_us: int = 0
 
 
 class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -322,9 +327,9 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `terms` are those of each model; empty: the two before it hold for all. `allow_users` are those who may attach
     besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`, `busy_poll` and `slow_ms` see
-    `PoolSettings`. `owner_pid` is the process that the pool is part of, which is never evicted; 0: none. `table_fd` is
-    where a broker writes down what it does; None: nobody takes over from it. With `takes_over` it goes on from what
-    another left there, with the peers that the supervisor tells of first.
+    `PoolSettings`, and for `spin_us` `WorkerConfig`. `owner_pid` is the process that the pool is part of, which is never
+    evicted; 0: none. `table_fd` is where a broker writes down what it does; None: nobody takes over from it. With
+    `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
     """
 
     parent_pid: int
@@ -345,6 +350,7 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     evict: bool = False
     owner_pid: int = 0
     busy_poll: bool = False
+    spin_us: int = 0
     slow_ms: float = 0.0
     table_fd: int | None = None
     takes_over: bool = False

@@ -119,6 +119,13 @@ class LaneEngine(Engine, Protocol):
             EngineError: it failed; the outputs are undefined.
         """
 
+    def ended(self, lane: int) -> bool:
+        """Whether the batch on `lane` has ended, as `block` waits for; nothing else changes.
+
+        Raises:
+            EngineError: it failed.
+        """
+
     def block(self, lane: int) -> None:
         """Wait until the batch on `lane` has ended, one that was launched meanwhile included.
 

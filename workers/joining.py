@@ -82,13 +82,13 @@ class Inbox:
         self._bounds = [(model.segment, model.slots) for model in joined.models]
         self.over = False
 
-    def receive(self) -> list[m.Run]:
-        """Wait for the next frame; the batches in it.
+    def receive(self, *, spins: bool = True) -> list[m.Run]:
+        """Wait for the next frame; the batches in it.  For `spins` see `Pipe.receive`.
 
         Raises:
             ProtocolError: the broker refused what we sent, or names rows that do not lie in the planes.
         """
-        return self._take(self._pipe.receive)
+        return self._take(lambda: self._pipe.receive(spins=spins))
 
     def poll(self) -> list[m.Run]:
         """As `receive`, without waiting.
@@ -211,4 +211,4 @@ def join(config: WorkerConfig) -> Joined:
         if config.gpu is None:  # pinning does it too
             Residence(segment).touch(0, len(segment))
         stack.pop_all()
-    return Joined(Pipe(lifeline), segment, fd, description.layout.models)
+    return Joined(Pipe(lifeline, config.spin_us), segment, fd, description.layout.models)

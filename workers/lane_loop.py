@@ -43,6 +43,7 @@ from typing import Final, NoReturn, TypeAlias
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import EngineFailed, ProtocolError
 from trtpool.ipc.settings import WorkerConfig
+from trtpool.ipc.spinning import Spin
 
 from .engine import EngineError, LaneEngine
 from .joining import MAX_TEXT, Inbox, Job, Joined
@@ -86,6 +87,7 @@ class LaneLoop:
         self._engines = engines
         self._end = end
         self._spins = config.busy_poll
+        self._spin = Spin(config.spin_us)
         self._free = list(range(min(engine.lanes for engine in engines)))
         self._waiting: deque[_Batch] = deque()
         self._flights: list[_Flight] = []  # in order of launch
@@ -212,7 +214,7 @@ class LaneLoop:
             if calls:  # with the lock free, so that the other need not wait for it
                 self._call()
             try:
-                engine.block(lane)
+                self._spin.wait(lambda: engine.ended(lane) or None, lambda: _block(engine, lane))
             finally:
                 self._lock.acquire()
                 self._watched = None
@@ -222,9 +224,10 @@ class LaneLoop:
                 self._free.append(lane)
         elif not over and not self._listens and (self._free or not self._flights):
             self._listens = True
+            alone = not self._flights  # else the other thread needs the interpreter
             self._lock.release()
             try:
-                runs = self._hear(self._inbox.receive)
+                runs = self._hear(lambda: self._inbox.receive(spins=alone))
             finally:
                 self._lock.acquire()
                 self._listens = False
@@ -252,3 +255,8 @@ class LaneLoop:
         with contextlib.suppress(OSError):
             self._joined.pipe.send(said)
         self._end(EngineFailed.exit_code)
+
+
+def _block(engine: LaneEngine, lane: int) -> bool:
+    engine.block(lane)
+    return True

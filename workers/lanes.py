@@ -197,6 +197,10 @@ class Lane:
         copy_in, compute, copy_out = self._phases
         return Times(self._elapsed_ns(copy_in), self._elapsed_ns(compute), self._elapsed_ns(copy_out))
 
+    def ended(self) -> bool:
+        """Whether the batch has ended; see `LaneEngine.ended`."""
+        return self._cuda.ended(self._done)
+
     def block(self) -> None:
         """Wait until the batch has ended; see `LaneEngine.block`."""
         self._cuda.wait_event(self._done)

@@ -141,6 +141,13 @@ class TensorrtEngine:
         except CudaError as error:
             raise EngineError(str(error)) from error
 
+    def ended(self, lane: int) -> bool:
+        """Whether the batch on `lane` has ended; see `LaneEngine.ended`."""
+        try:
+            return self._lanes[lane].ended()
+        except CudaError as error:
+            raise EngineError(str(error)) from error
+
     def block(self, lane: int) -> None:
         """Wait until the batch on `lane` has ended; see `LaneEngine.block`."""
         try:

@@ -100,6 +100,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
         recall-timeout-s = 4
         evict = true
         busy-poll = true
+        spin-us = 77
         max-slots-per-producer = 9
         items-per-slot = 2
         fp16 = true
@@ -125,7 +126,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
     )
     assert (settings.slow_ms, settings.metrics) == (2.5, "127.0.0.1:9400")
     assert (os.environ["TRTPOOL_LOG"], os.environ["TRTPOOL_LOG_FORMAT"]) == ("info", "json")
-    assert (settings.huge_pages, settings.evict, settings.busy_poll) == (True, True, True)
+    assert (settings.huge_pages, settings.evict, settings.busy_poll, settings.spin_us) == (True, True, True, 77)
     assert settings.allow_users == (4321, pwd.getpwnam("daemon").pw_uid)
     assert (settings.drain_timeout_s, settings.batch_timeout_s) == (1.5, 2.0)
     assert (settings.start_timeout_s, settings.recall_timeout_s) == (3.0, 4.0)
@@ -141,7 +142,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
     # The rest are for the CPU; were there an option that this test forgot, it would not be said here.
     said = set(config_file.options_of(cli.start)) - {"workers", "threads"}
     inside = {"shape", "slots", "max-batch", "max-delay-us", "weight"}  # in the test before
-    assert len(said - inside) == 30
+    assert len(said - inside) == 31
 
 
 def test_a_file_for_the_cpu(start):

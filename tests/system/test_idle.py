@@ -25,10 +25,10 @@ def wake_ups(pids: list[int]) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("transport", ["lifeline", "zmq"])
-def test_an_idle_pool_and_its_clients_sleep(transport, negate):
+@pytest.mark.parametrize(("transport", "spin_us"), [("lifeline", 0), ("zmq", 0), ("lifeline", 200)])
+def test_an_idle_pool_and_its_clients_sleep(transport, spin_us, negate):
     with (
-        trtpool.Pool(model=negate, transport=transport) as pool,
+        trtpool.Pool(model=negate, transport=transport, spin_us=spin_us) as pool,
         trtpool.connect(run_dir=pool.run_dir, transport=transport) as client,
     ):
         for _ in range(5):  # so that slots are granted in advance

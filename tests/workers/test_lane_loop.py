@@ -78,6 +78,10 @@ class HeldEngine:
             self.launched.append((lane, batch[0].first))
             self._changed.notify_all()
 
+    def ended(self, lane: int) -> bool:
+        with self._changed:
+            return lane in self._ended or lane not in self._running or self._over
+
     def block(self, lane: int) -> None:
         assert self._blocks, "it is to spin"
         with self._changed:
