@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .normalization import Normalization
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Rises with every change to a message, to the description or to the order they come in."""
 
 TOKEN_BYTES: Final = 40
@@ -73,7 +73,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             output that only a run tells the shape of.
         no_batch: names of models whose tensors have no batch axis, or not in front: each item is a call of its own.
         partial: what becomes of batches smaller than the only one that a model takes: "pad" fills them up, "refuse"
-            makes slots of whole batches, which must be submitted full.  CPU only.
+            makes slots of whole batches, which must be submitted full.
         flavour: the TensorRT to use: a key of `FLAVOURS`; empty: the plan's header says, else what is installed.
         lanes: batches that a GPU worker has in flight at once.
         graphs: capture the engine's work into CUDA graphs.

@@ -28,7 +28,7 @@ POISON: Final = 0xA5
 
 HOT: Final = {
     "cudaEventRecord", "cudaEventSynchronize", "cudaEventQuery", "cudaEventElapsedTime", "cudaMemcpyAsync",
-    "cudaMemcpyBatchAsync", "cudaGraphLaunch", "execute_async_v3",
+    "cudaMemcpyBatchAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "execute_async_v3",
 }  # fmt: skip
 """Calls that allocate nothing and wait for nothing but an event."""
 

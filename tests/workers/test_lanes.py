@@ -16,7 +16,7 @@ from tests.workers.fake_device import NET_S, Event, cudaError_t
 from tests.workers.fake_tensorrt import FAULT, Tensor, batched, neg
 from tests.workers.gpu_rig import HOT, GpuRig, batch_of
 from trtpool.ipc.errors import DeviceUnavailable
-from trtpool.workers import lanes
+from trtpool.workers import copies, lanes
 from trtpool.workers.engine import EngineError, Rows
 
 SUM = (
@@ -49,7 +49,7 @@ def test_copies_are_from_and_to_the_rows_of_the_planes(batch, copies_batches, tm
         copies_out = [(copy.host, copy.size) for copy in runtime.copies if not copy.to_device]
         assert copies_in == rig.addresses(spec.inputs, batch)
         assert copies_out == rig.addresses(spec.outputs, batch)
-        many = copies_batches and 2 * len(batch) >= lanes.BATCH_COPIES
+        many = copies_batches and 2 * len(batch) >= copies.BATCH_COPIES
         assert {copy.batched for copy in runtime.copies} == {many}
         assert runtime.calls["cudaMemcpyBatchAsync"] == 2 * many
 
@@ -413,8 +413,8 @@ def calls_of_bind(folder: Path) -> list[tuple[str, int]]:
         before = rig.runtime.calls.copy()
         rig.bind()
         made = rig.runtime.calls - before
-    # The fake's stream would go on capturing, graphs are destroyed come what may, and the last is TensorRT's.
-    for name in ("cudaStreamEndCapture", "cudaGraphDestroy", "execute_async_v3"):
+    # The fake's stream would go on capturing, graphs are destroyed come what may, and the last two are TensorRT's.
+    for name in ("cudaStreamEndCapture", "cudaGraphDestroy", "execute_async_v3", "set_input_shape"):
         assert made.pop(name)
     return [(name, nth) for name, times in sorted(made.items()) for nth in range(1, times + 1)]
 

@@ -22,8 +22,8 @@ from trtpool.ipc.profiling import BatchFigures, Measured, Phases, ProfileLine, P
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers import profile_gpu, profile_planes
+from trtpool.workers.contexts import Context
 from trtpool.workers.cuda import Cuda
-from trtpool.workers.plans import Context
 from trtpool.workers.profile import answer
 from trtpool.workers.profile_planes import LEAST_RUNS, MOST_RUNS, WARM_UP_RUNS, Sample, in_series
 
@@ -184,9 +184,9 @@ def test_an_engine_reads_its_inputs_in_place(tmp_path, monkeypatch):
     bound: list[bool] = []
     real = Context.enqueue
 
-    def watched(context: Any, items: int, stream: int) -> None:
+    def watched(context: Any, shapes: Any, stream: int) -> None:
         bound.append(context._raw._addresses["x"] >= MAPPED)
-        real(context, items, stream)
+        real(context, shapes, stream)
 
     monkeypatch.setattr(Context, "enqueue", watched)
     found = on_fake(tmp_path, runtime)
