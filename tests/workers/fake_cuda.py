@@ -228,9 +228,14 @@ class FakeRuntime:
         return (self.driver,)
 
     @call(1)
+    def cudaRuntimeGetVersion(self) -> tuple[int]:
+        return (self.driver,)
+
+    @call(1)
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any]:
         major, minor = self.capability
-        return (SimpleNamespace(name=b"Fake GPU", major=major, minor=minor),)
+        properties = {"name": b"Fake GPU", "major": major, "minor": minor, "totalGlobalMem": self.memory_bytes}
+        return (SimpleNamespace(**properties),)
 
     @call(1)
     def cudaDeviceGetPCIBusId(self, length: int, device: int) -> tuple[bytes]:

@@ -558,6 +558,12 @@ def make_packages(folder: Path, **device: Any) -> dict[str, str]:
     (bindings / "runtime.py").write_text(
         f"from tests.workers.fake_cuda import FakeRuntime\n{replace}FakeRuntime(**{device!r})\n"
     )
+    (bindings / "driver.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def cuDeviceGet(ordinal):\n    return 0, ordinal\n"
+        "def cuDeviceGetUuid(device):\n    return 0, SimpleNamespace(bytes=bytes(16))\n"
+        "cuDeviceGetUuid_v2 = cuDeviceGetUuid\n"
+    )
     (folder / "tensorrt.py").write_text(
         "from tests.workers.fake_tensorrt import make_module\n"
         f"{replace}make_module('tensorrt', sys.modules['cuda.bindings.runtime'])\n"

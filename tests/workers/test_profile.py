@@ -15,7 +15,7 @@ import pytest
 
 from tests.models import ADD, BAD_MODELS, MODELS, SHARED, VARYING, save
 from tests.workers.fake_cuda import MAPPED, FakeRuntime
-from tests.workers.fake_tensorrt import VERSIONS, installed, make_module, make_packages, neg, write_plan
+from tests.workers.fake_tensorrt import VERSIONS, Tensor, installed, make_module, make_packages, neg, write_plan
 from trtpool.ipc.arena import create_segment
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, ModelError
 from trtpool.ipc.profiling import BatchFigures, Measured, Phases, ProfileLine, ProfileRequest, Spread, spread
@@ -177,6 +177,17 @@ def test_each_way_is_measured_and_nothing_is_left_on_the_gpu(tmp_path):
             assert phases.copy_in.mean_ns > 0 < phases.copy_out.mean_ns
     assert runtime.calls["cudaGraphLaunch"] > 0
     assert runtime.calls["execute_async_v3"] > LEAST_RUNS * 2 * 4  # without graphs, two sizes on four ways
+
+
+def test_items_that_differ_are_measured_at_their_largest(tmp_path):
+    runtime = FakeRuntime()
+    x = Tensor("x", (-1, -1), [[(1, 1), (4, 2), (8, 4)], [(1, 6), (4, 6), (8, 9)]])
+    path = write_plan(tmp_path / "m.plan", "neg", [x], [Tensor("y", ("N", "x.1"))], version=version())
+    with installed(make_module("tensorrt", runtime)):
+        found = profile_gpu.measure(request(path, device="gpu"), lambda _: None, Cuda(runtime))
+    runtime.check()
+    assert all(figures.graph and figures.in_place is None for figures in found.batches)
+    assert [figures.in_bytes for figures in found.batches] == [36, 144]
 
 
 def test_an_engine_reads_its_inputs_in_place(tmp_path, monkeypatch):
