@@ -105,9 +105,11 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     Attributes:
         fp16: let layers run in float16.
-        io: dtype of inputs and outputs, by tensor name; ``""`` stands for all of them.
+        io: dtype of inputs and outputs, by tensor name, such as "fp16", with a key of `trtpool.ipc.building.IO_FORMATS`
+            behind it as "fp16:chw16"; ``""`` stands for all of them.
         normalize: by input name, what is done to pixels inside the network; ``""`` stands for its only image.
         profiles: shapes by input name; by default the model's own, with batches of 1 to `DEFAULT_BUILD_BATCH`.
+        more: further optimization profiles; inputs that are not in one have there what `profiles` says.
         workspace_bytes: the most scratch memory a layer may take; 0: TensorRT's own limit.
         compute_capability: target GPU, such as "8.9", of a build with no GPU ("rtx" only); empty: the GPU in use.
     """
@@ -116,6 +118,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     io: dict[str, str] = {}
     normalize: dict[str, Normalization] = {}
     profiles: dict[str, Profile] = {}
+    more: tuple[dict[str, Profile], ...] = ()
     workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
     compute_capability: Annotated[str, msgspec.Meta(pattern=r"^(|[0-9]{1,2}\.[0-9])\Z")] = ""
 

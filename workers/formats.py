@@ -19,12 +19,9 @@ from __future__ import annotations
 import re
 from typing import Any, Final, NamedTuple
 
-Dims = tuple[int, ...]
+from trtpool.ipc.building import IO_FORMATS as FORMATS
 
-FORMATS: Final = {
-    "chw2": 2, "chw4": 4, "chw16": 16, "chw32": 32, "hwc": 1, "hwc8": 8, "hwc16": 16,
-}  # fmt: skip
-"""Those that planes can hold, and how many channels are kept together."""
+Dims = tuple[int, ...]
 
 LINEAR: Final = "linear"
 

@@ -27,13 +27,14 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from trtpool.ipc.building import IO_FORMATS
 from trtpool.ipc.errors import ModelError
 from trtpool.ipc.settings import EngineSettings
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 from .contexts import Context, Dims
 from .engine import EngineError
-from .formats import FORMATS, Format, format_word
+from .formats import LINEAR, Format, format_word
 from .plan_profiles import Axes, ShapeProfile, largest_batch, read_profiles, show, spans
 from .ranges import ends, show_range
 
@@ -233,12 +234,12 @@ class _Describer:
 
     def _format(self, name: str) -> Format:
         word, dims = format_word(self._engine, name), self._axes.item(name, self._dims[name])
-        if word == "linear":
+        if word == LINEAR:
             return Format()
-        if word not in FORMATS or len(dims) < 2 or dims[0] < 0:
+        if word not in IO_FORMATS or len(dims) < 2 or dims[0] < 0:
             raise ModelError(
                 f"tensor {name!r} of {self._path} has the format {word!r}, which planes cannot hold; build it with "
-                f"linear inputs and outputs, or with one of {', '.join(FORMATS)} for a fixed number of channels"
+                f"linear inputs and outputs, or with one of {', '.join(IO_FORMATS)} for a fixed number of channels"
             )
         return Format(word, dims[0])
 
