@@ -229,6 +229,7 @@ class _Network:
         if _is_strongly_typed(trt, fp16=fp16):
             wanted.append("STRONGLY_TYPED")
         self._fp16 = fp16 and hasattr(trt.BuilderFlag, "FP16")
+        self._formats: list[str] = []
         self._network = self._builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, wanted))
 
     def read(self, file: Path, model: Any) -> None:
@@ -262,6 +263,7 @@ class _Network:
                     f"fixed number of channels, and two axes or more; choose --io {tensor.name}={dtype}"
                 )
             tensor.allowed_formats = 1 << int(getattr(formats, wanted.upper()))
+            self._formats.append(f"{tensor.name}={word}")
 
     def describe(self, profiles: Sequence[Mapping[str, Profile]]) -> tuple[PlanTensor, ...]:
         """The inputs and outputs that the plan will have."""
@@ -313,7 +315,9 @@ class _Network:
         take_errors()
         plan = self._builder.build_serialized_network(self._network, config)
         if plan is None:
-            raise self._refusal(f"{take_errors() or 'it does not say why'}; change --shapes or the model")
+            text = take_errors() or "it does not say why"
+            remedy = f"; leave out the format of --io {self._formats[-1]}, or choose another" if self._formats else ""
+            raise self._refusal(f"{text}; change --shapes or the model{remedy}")
         return plan
 
     def _inputs(self) -> list[Any]:

@@ -180,6 +180,14 @@ def test_formats_that_cannot_be(io, error, text, trt, make: Make):
         make(IMAGES, io=io)
 
 
+def test_a_format_that_tensorrt_does_not_take_is_named(trt, make: Make):
+    trt.fails = "Assertion allowedFormatSet != FormatSet::kNONE failed"
+    with pytest.raises(
+        ModelError, match=r"kNONE failed; .*; leave out the format of --io x=fp16:chw4, or choose another"
+    ):
+        make(IMAGES, io={"x": "fp16:chw4"})
+
+
 def test_a_model_that_shares_an_input_and_one_without_a_batch(trt, make: Make):
     plan = make(SHARED, request={"max_batch": 8}).plan
     assert plan["profiles"] == [{"x": [[1, 3], [4, 3], [8, 3]]}]
