@@ -191,6 +191,30 @@ def _describe(value: Any) -> GraphTensor:
     return GraphTensor(value.name, _ELEM_TYPES.get(kind.elem_type, ""), dims)
 
 
+def has_unnamed_axes(model: Any) -> bool:
+    """Whether an input has open axes with a name that is none, as Paddle's exporter calls them all "?"."""
+    return any(_unnamed(dim) for value in model.graph.input for dim in value.type.tensor_type.shape.dim)
+
+
+def name_axes(model: Any) -> bool:
+    """Give such axes names of their own, since TensorRT holds axes of one name to one size; returns whether any is."""
+    found = has_unnamed_axes(model)
+    if found:
+        for value in model.graph.input:
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if _unnamed(dim):
+                    dim.dim_param = f"{value.name}_axis_{axis}"
+        for value in [*model.graph.output, *model.graph.value_info]:
+            for dim in value.type.tensor_type.shape.dim:
+                if _unnamed(dim):
+                    dim.ClearField("dim_param")
+    return found
+
+
+def _unnamed(dim: Any) -> bool:
+    return bool(dim.dim_param) and not dim.dim_param[0].isalpha() and dim.dim_param[0] != "_"
+
+
 def change_io(model: Any, wanted: Mapping[str, str], skip: Collection[str] = ()) -> dict[str, tuple[str, str]]:
     """Give inputs and outputs of `model` other dtypes, with a Cast behind each input and before each output.
 

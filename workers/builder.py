@@ -166,11 +166,12 @@ def _prepare(request: BuildRequest, flavour: Flavour, model: Any, say: Say) -> t
     converted = options.fp16 and _is_strongly_typed(flavour.module, fp16=True)
     how = "float16 where it pays" if options.fp16 and not converted else "float16" if converted else "as in the file"
     say(Line(said=f"precision: {how}"))
-    if not (options.io or options.normalize or converted):
+    if not (options.io or options.normalize or converted or build_onnx.has_unnamed_axes(model)):
         return path, model
     model = build_onnx.load(path, types=converted)
     _check_int8(options, flavour, path, model)
-    if not change(model, options, say, converted=converted):
+    named = build_onnx.name_axes(model)
+    if not change(model, options, say, converted=converted) and not named:
         return path, model
     file = output.with_name("changed.onnx")
     build_onnx.save(model, file)

@@ -37,6 +37,7 @@ class Tensor:
         self.shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
         self.is_shape_tensor = value.name.startswith("shape_")
         self.allowed_formats = 0
+        self.axes = [dim.dim_param for dim in kind.shape.dim]
 
 
 class Network:
@@ -191,7 +192,8 @@ def make_tensorrt(version: str) -> Any:
                 for tensor in [*network.inputs, *network.outputs]
                 if tensor.allowed_formats
             }
-            made = {"network": flags, "sources": sources, "inputs": inputs, "formats": formats}
+            axes = {tensor.name: tensor.axes for tensor in network.inputs}
+            made = {"axes": axes, "network": flags, "sources": sources, "inputs": inputs, "formats": formats}
             return json.dumps({**made, **config.asked}).encode()
 
     class OnnxParser:

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.models import ADD, BAD_MODELS, COUNTED, MODELS, SHARED, save
+from tests.models import ADD, BAD_MODELS, COUNTED, MODELS, SHARED, parse, save
 from tests.workers.fake_builder import make_tensorrt
 from trtpool.ipc.building import BuildRequest, Line, PlanRecord, PlanTensor
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, ModelError
@@ -178,6 +178,16 @@ def test_formats(io, formats, trt, make: Make):
 def test_formats_that_cannot_be(io, error, text, trt, make: Make):
     with pytest.raises(error, match=text):
         make(IMAGES, io=io)
+
+
+def test_axes_of_which_only_the_name_is_equal_may_differ_in_size(trt, make: Make):
+    """TensorRT holds axes of one name to one size, and "?" is what Paddle calls all that are open."""
+    model = parse("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Neg(x) }")
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "?"
+    plan = make(model, profiles={"x": Profile((1, 3, 2, 8), (1, 3, 4, 8), (2, 3, 8, 16))}).plan
+    assert plan["axes"] == {"x": ["N", "", "x_axis_2", "x_axis_3"]}
+    assert make(IMAGES).plan["axes"]["x"] == ["N", "", "", ""]
 
 
 def test_a_format_that_tensorrt_does_not_take_is_named(trt, make: Make):
