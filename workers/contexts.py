@@ -106,10 +106,14 @@ class Context:
             raise EngineError(text or "TensorRT did not enqueue the batch, and did not say why")
 
     def found(self, name: str) -> Dims:
-        """The shape that an output of `bind_within` has in the batch that was enqueued last."""
+        """The shape that an output of `bind_within` has in the batch that was enqueued last.
+
+        Raises:
+            BatchRefused: TensorRT did not tell.
+        """
         shape: Dims | None = self._allocators[name].shape
         if shape is None:
-            raise EngineError(f"TensorRT did not tell the shape of output {name!r}")
+            raise BatchRefused(f"TensorRT did not tell the shape of output {name!r} for this batch")
         return shape
 
     def can_capture(self, stream: int) -> bool:

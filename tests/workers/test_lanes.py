@@ -717,6 +717,17 @@ def test_memory_for_the_most_that_there_could_be_is_done_without_where_there_is_
         assert rig.engine.run(batch_of(8)).shapes == ((3,),)
 
 
+def test_an_answer_whose_shape_is_not_told_is_an_error_of_its_batch(tmp_path, monkeypatch):
+    with GpuRig(tmp_path, UPTO, lanes=1, shapes={"y": (6,)}) as rig:
+        rig.inputs["x"][...] = 3
+        (context,) = rig.lanes[0]._forms._contexts.values()
+        with monkeypatch.context() as patched:
+            patched.setattr(context._allocators["y"], "notify_shape", lambda _name, _shape: None)
+            with pytest.raises(BatchRefused, match="did not tell the shape of output 'y'"):
+                rig.engine.launch(0, batch_of(8))
+        assert rig.engine.run(batch_of(8)).shapes == ((3,),)
+
+
 def test_what_depends_on_the_data_is_never_captured(tmp_path):
     with GpuRig(tmp_path, UPTO, lanes=1, shapes={"y": (6,)}) as rig:
         rig.inputs["x"][...] = 3
