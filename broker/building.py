@@ -198,6 +198,7 @@ def _request(settings: PoolSettings, wanted: InspectRequest, build: BuildSetting
         build=build,
         shapes=wanted.engine.shapes,
         max_batch=max(settings.for_model(wanted.source.name).max_batch, DEFAULT_BUILD_BATCH),
+        no_batch=wanted.source.name in wanted.engine.no_batch,
         timing_cache=os.fspath(cache_root() / "timing"),
     )
 
@@ -241,6 +242,7 @@ def _key(request: BuildRequest, builder: Builder, gpu: GpuInfo) -> str:
         "build": request.build,
         "shapes": request.shapes,
         "max_batch": request.max_batch,
+        "no_batch": request.no_batch,
     }
     return hashlib.sha256(json.dumps(msgspec.to_builtins(parts), sort_keys=True).encode()).hexdigest()[:20]
 
@@ -311,9 +313,12 @@ def split_by_model(build: BuildSettings, models: Sequence[str]) -> list[BuildSet
     ios = _split("--io", build.io, models)
     normalize = _split("--normalize", build.normalize, models)
     profiles = _split("--shapes", build.profiles, models)
+    more = [_split("--shapes", each, models) for each in build.more]
     return [
-        msgspec.structs.replace(build, io=io, normalize=pixels, profiles=own)
-        for io, pixels, own in zip(ios, normalize, profiles, strict=True)
+        msgspec.structs.replace(
+            build, io=io, normalize=pixels, profiles=own, more=tuple(filter(None, (each[at] for each in more)))
+        )
+        for at, (io, pixels, own) in enumerate(zip(ios, normalize, profiles, strict=True))
     ]
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.building import BuildRequest, Line
+from trtpool.ipc.building import IO_FORMATS, BuildRequest, Line
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.normalization import NORMS, PIXEL_SCALE, Normalization
 from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
@@ -44,10 +44,15 @@ def _parse_io(_ctx: click.Context, _parameter: click.Parameter, values: Sequence
     wanted = {}
     for value in values:
         name, _, word = value.rpartition("=")
+        word, colon, form = word.partition(":")
         dtype = {"float32": "fp32", "float16": "fp16"}.get(word, word)
         if dtype not in IO_DTYPES:
             raise click.BadParameter(f"{value!r} is not one of {', '.join(IO_DTYPES)}, or TENSOR= and one of them")
-        wanted[name] = dtype
+        if colon and form not in IO_FORMATS:
+            raise click.BadParameter(
+                f"{value!r} has no format behind the colon; formats are {', '.join(IO_FORMATS)}, such as {dtype}:chw16"
+            )
+        wanted[name] = dtype + colon + form
     return wanted
 
 
@@ -97,8 +102,11 @@ def _number(text: str) -> float:
     return float(above) / float(below) if slash else float(above)
 
 
-def _parse_profiles(_ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]) -> dict[str, Profile]:
-    profiles = {}
+def _parse_profiles(
+    _ctx: click.Context, _parameter: click.Parameter, values: Sequence[str]
+) -> list[dict[str, Profile]]:
+    """What is given again for an input is for the next profile."""
+    profiles: list[dict[str, Profile]] = [{}]
     for value in values:
         name, _, text = value.rpartition("=")
         shapes = [tuple(map(_size, part.split("x"))) for part in text.split(":")]
@@ -108,7 +116,9 @@ def _parse_profiles(_ctx: click.Context, _parameter: click.Parameter, values: Se
                 f"{value!r} is not INPUT=1x3x224x224:32x3x224x224:64x3x224x224, the smallest, the best and the largest "
                 "shape, nor INPUT=1:32:64, the batch alone, nor INPUT=8x3x224x224, the only shape"
             )
-        profiles[name] = Profile(*shapes)
+        if all(name in profile for profile in profiles):
+            profiles.append({})
+        next(profile for profile in profiles if name not in profile)[name] = Profile(*shapes)
     return profiles
 
 
@@ -139,9 +149,10 @@ _OPTIONS: Final = (
         "--io",
         multiple=True,
         callback=_parse_io,
-        metavar="[TENSOR=]DTYPE",
+        metavar="[TENSOR=]DTYPE[:FORMAT]",
         help="fp32, fp16, uint8 or int8 for an input or output, or for all that are floating-point (uint8 and int8: "
-        "all such inputs).  Again for each.",
+        f"all such inputs).  In plans, a format may stand behind it, as in fp16:chw16: {', '.join(IO_FORMATS)}.  Again "
+        "for each.",
     ),
     click.option(
         "--normalize",
@@ -159,7 +170,8 @@ _OPTIONS: Final = (
         callback=_parse_profiles,
         metavar="INPUT=MIN:BEST:MAX",
         help="Shapes that an input takes, batch first, such as x=1x3x224x224:32x3x224x224:64x3x224x224; x=1:32:64 is "
-        "the batch alone; one shape makes it fixed [default: batches of 1 to 64].  Again for each.",
+        "the batch alone; one shape makes it fixed [default: batches of 1 to 64].  Again for each; again for the "
+        "same one for a further optimization profile.",
     ),
     click.option(
         "--workspace",
@@ -180,12 +192,17 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         fp16: bool,
         io: dict[str, str],
         normalize: dict[str, Normalization],
-        profiles: dict[str, Profile],
+        profiles: list[dict[str, Profile]],
         workspace_bytes: int,
         **others: Any,
     ) -> Any:
         settings = BuildSettings(
-            fp16=fp16, io=io, normalize=normalize, profiles=profiles, workspace_bytes=workspace_bytes
+            fp16=fp16,
+            io=io,
+            normalize=normalize,
+            profiles=profiles[0],
+            more=tuple(profiles[1:]),
+            workspace_bytes=workspace_bytes,
         )
         return command(*arguments, build=settings, **others)
 

@@ -22,6 +22,8 @@ def variant_of(layout: ModelLayout, message: m.Submit) -> Variant:
     for tensor, shape in zip(inputs, message.shapes, strict=True):
         if not tensor.takes(shape):
             raise Refused(m.BAD_MESSAGE, f"input {tensor.name!r} takes items of {tensor.describe_shape()}, not {shape}")
+    if not spec.covers(message.shapes):
+        raise Refused(m.BAD_MESSAGE, f"items of {spec.describe_profiles()} are taken, not {message.shapes}")
     wanted = m.SHARED_BYTES if any(tensor.shared for tensor in spec.inputs) else 0
     if len(message.shared) != wanted:
         raise Refused(m.BAD_MESSAGE, f"a digest of {len(message.shared)} bytes where it has {wanted}")

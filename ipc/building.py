@@ -22,6 +22,11 @@ RECORD_SUFFIX: Final = ".json"
 WEIGHTS_SUFFIX: Final = ".weights"
 """The weights of a large ``model.onnx`` that was written are in ``model.onnx.weights``."""
 
+IO_FORMATS: Final = {
+    "chw2": 2, "chw4": 4, "chw16": 16, "chw32": 32, "hwc": 1, "hwc8": 8, "hwc16": 16,
+}  # fmt: skip
+"""How inputs and outputs can lie in memory beside the plain way, and how many channels are kept together."""
+
 ONNX: Final = "onnx"
 """The flavour of a changed ONNX file that was written out, in its record."""
 
@@ -35,6 +40,7 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         build: how.
         shapes: item shapes, by input name, for inputs that leave theirs open and have no profile in `build`.
         max_batch: the largest batch, for inputs whose batch is open and has no range in `build`.
+        no_batch: the model's tensors have no batch axis, or not in front.
         output: the file to write, absolute, in a folder that is the builder's alone; empty: build nothing, only say
             who would.
         timing_cache: a folder for TensorRT's timings, which make the next build faster; empty: keep none.
@@ -46,6 +52,7 @@ class BuildRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     build: BuildSettings = BuildSettings()
     shapes: dict[str, ShapeRange] = {}
     max_batch: int = DEFAULT_BUILD_BATCH
+    no_batch: bool = False
     output: str = ""
     timing_cache: str = ""
     onnx: bool = False
@@ -71,7 +78,7 @@ class PlanTensor(msgspec.Struct, frozen=True):
         role: "input" or "output".
         dtype: as NumPy calls it, or in lower case as TensorRT does where NumPy has none.
         shape: batch axis first; -1 where the plan leaves it open.
-        profile: the shapes that an open input takes.
+        profile: the shapes that an open input takes; `more` has those of further profiles.
     """
 
     name: str
@@ -79,6 +86,7 @@ class PlanTensor(msgspec.Struct, frozen=True):
     dtype: str
     shape: tuple[int, ...]
     profile: Profile | None = None
+    more: tuple[Profile, ...] = ()
 
 
 class PlanRecord(msgspec.Struct, frozen=True, kw_only=True):

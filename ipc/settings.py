@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .normalization import Normalization
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 """Rises with every change to a message, to the description or to the order they come in."""
 
 TOKEN_BYTES: Final = 40
@@ -73,7 +73,7 @@ class EngineSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             output that only a run tells the shape of.
         no_batch: names of models whose tensors have no batch axis, or not in front: each item is a call of its own.
         partial: what becomes of batches smaller than the only one that a model takes: "pad" fills them up, "refuse"
-            makes slots of whole batches, which must be submitted full.  CPU only.
+            makes slots of whole batches, which must be submitted full.
         flavour: the TensorRT to use: a key of `FLAVOURS`; empty: the plan's header says, else what is installed.
         lanes: batches that a GPU worker has in flight at once.
         graphs: capture the engine's work into CUDA graphs.
@@ -105,9 +105,11 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     Attributes:
         fp16: let layers run in float16.
-        io: dtype of inputs and outputs, by tensor name; ``""`` stands for all of them.
+        io: dtype of inputs and outputs, by tensor name, such as "fp16", with a key of `trtpool.ipc.building.IO_FORMATS`
+            behind it as "fp16:chw16"; ``""`` stands for all of them.
         normalize: by input name, what is done to pixels inside the network; ``""`` stands for its only image.
         profiles: shapes by input name; by default the model's own, with batches of 1 to `DEFAULT_BUILD_BATCH`.
+        more: further optimization profiles; inputs that are not in one have there what `profiles` says.
         workspace_bytes: the most scratch memory a layer may take; 0: TensorRT's own limit.
         compute_capability: target GPU, such as "8.9", of a build with no GPU ("rtx" only); empty: the GPU in use.
     """
@@ -116,6 +118,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     io: dict[str, str] = {}
     normalize: dict[str, Normalization] = {}
     profiles: dict[str, Profile] = {}
+    more: tuple[dict[str, Profile], ...] = ()
     workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
     compute_capability: Annotated[str, msgspec.Meta(pattern=r"^(|[0-9]{1,2}\.[0-9])\Z")] = ""
 
@@ -327,8 +330,8 @@ class BrokerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `terms` are those of each model; empty: the two before it hold for all. `allow_users` are those who may attach
     besides the pool's own; for `batch_timeout_s`, `recall_timeout_s`, `evict`, `busy_poll` and `slow_ms` see
-    `PoolSettings`, and for `spin_us` `WorkerConfig`. `owner_pid` is the process that the pool is part of, which is never
-    evicted; 0: none. `table_fd` is where a broker writes down what it does; None: nobody takes over from it. With
+    `PoolSettings`, and for `spin_us` `WorkerConfig`. `owner_pid` is the process that the pool is part of, which is
+    never evicted; 0: none. `table_fd` is where a broker writes down what it does; None: nobody takes over from it. With
     `takes_over` it goes on from what another left there, with the peers that the supervisor tells of first.
     """
 

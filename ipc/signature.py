@@ -23,6 +23,9 @@ def differences(layout: ModelLayout, spec: ModelSpec) -> list[str]:
         found.append(f"it takes {_batches(spec)}, and the pool serves one that takes {_batches(served)}")
     elif spec.batch_limit and spec.batch_limit < layout.max_batch:
         found.append(f"it takes {_batches(spec)}, and the pool makes batches of up to {layout.max_batch}")
+    if not found and spec.profiles and spec.profiles != served.profiles:
+        taken = served.describe_profiles() or "all shapes between its smallest and its largest"
+        found.append(f"it takes items of {spec.describe_profiles()}, and the pool serves one that takes {taken}")
     return found
 
 

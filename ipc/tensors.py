@@ -39,6 +39,22 @@ MAX_VARYING_AXES: Final = 256
 Dimension = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+_Sizes = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
+
+
+class Span(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The shapes of an item from `least` to `most`, in each axis."""
+
+    least: _Sizes
+    most: _Sizes
+
+    def takes(self, shape: tuple[int, ...]) -> bool:
+        """Whether a shape is one of them."""
+        return _within(shape, self.least, self.most)
+
+    def __str__(self) -> str:
+        sizes = zip(self.least, self.most, strict=True)
+        return f"({', '.join(str(high) if low == high else f'{low} to {high}' for low, high in sizes)})"
 
 
 def _within(shape: tuple[int, ...], least: tuple[int, ...], most: tuple[int, ...]) -> bool:
@@ -67,6 +83,8 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         shape: the item's shape, without the batch axis; ``()`` is a scalar per item.  Where items differ, the largest.
         least: the smallest shape of an item; None: all have `shape`.
         shared: there is no batch axis, and `shape` is that of the whole tensor, one for each slot.
+        format: how the numbers lie in memory, such as "chw16", which `shape` is the shape in; "": plainly, as the model
+            declares them.
     """
 
     name: Name
@@ -74,6 +92,7 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=16)]
     least: Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)] | None = None
     shared: bool = False
+    format: Annotated[str, msgspec.Meta(max_length=16)] = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES and self.dtype not in ML_DTYPES:
@@ -109,12 +128,12 @@ class TensorSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def describe_shape(self) -> str:
         """The shape of an item, or their range: ``(3, 32 to 64)``."""
-        sizes = zip(self.least or self.shape, self.shape, strict=True)
-        return f"({', '.join(str(high) if low == high else f'{low} to {high}' for low, high in sizes)})"
+        return str(Span(self.least or self.shape, self.shape))
 
     def __str__(self) -> str:
         shape = self.describe_shape()[1:-1]
-        return f"{self.name} {self.dtype} ({shape if self.shared else f'N, {shape}' if shape else 'N'})"
+        dtype = f"{self.dtype}:{self.format}" if self.format else self.dtype
+        return f"{self.name} {dtype} ({shape if self.shared else f'N, {shape}' if shape else 'N'})"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,6 +148,8 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         batched: its tensors have a batch axis, but for shared ones.  False: an item is all that one call takes, shapes
             are those of whole tensors, and `batch_limit` is 1.
         whole_slots: every slot must be submitted full, since it is a batch of the only size that the model takes.
+        profiles: where the model takes several ranges of shapes, and not all between the smallest and the largest:
+            each of them, with the range of every input that varies, in the order of `varying`; empty: it takes all.
     """
 
     name: Name
@@ -139,6 +160,7 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     batch_least: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 1
     batched: bool = True
     whole_slots: bool = False
+    profiles: Annotated[tuple[tuple[Span, ...], ...], msgspec.Meta(max_length=256)] = ()
 
     def __post_init__(self) -> None:
         if sum(len(spec.shape) for spec in self.inputs + self.outputs if spec.least is not None) > MAX_VARYING_AXES:
@@ -161,6 +183,33 @@ class ModelSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """Inputs and outputs whose items differ in shape; messages name their shapes in this order."""
         inputs, outputs = (tuple(t for t in tensors if t.least is not None) for tensors in (self.inputs, self.outputs))
         return inputs, outputs
+
+    def covers(self, shapes: tuple[tuple[int, ...], ...]) -> bool:
+        """Whether one of the `profiles` takes these shapes, of an item of each input that varies."""
+        return not self.profiles or any(
+            all(span.takes(shape) for span, shape in zip(profile, shapes, strict=True)) for profile in self.profiles
+        )
+
+    def describe_profiles(self) -> str:
+        """The `profiles`, such as ``x (3, 32 to 64) or x (3, 128)``."""
+        inputs, _ = self.varying
+        return " or ".join(
+            " with ".join(f"{tensor.name} {span}" for tensor, span in zip(inputs, profile, strict=True))
+            for profile in self.profiles
+        )
+
+    @property
+    def largest(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the largest item that the model takes, of each input that varies."""
+        inputs, _ = self.varying
+        if not self.profiles:
+            return tuple(tensor.shape for tensor in inputs)
+        return max(
+            (tuple(span.most for span in profile) for profile in self.profiles),
+            key=lambda shapes: sum(
+                math.prod(shape) * tensor.itemsize for tensor, shape in zip(inputs, shapes, strict=True)
+            ),
+        )
 
     @property
     def is_uniform(self) -> bool:

@@ -36,6 +36,7 @@ class Variation:
         self.inputs = tuple(plane for plane in layout.inputs if plane.spec.least is not None)
         self.outputs = tuple(plane for plane in layout.outputs if plane.spec.least is not None)
         self.shared = tuple(plane for plane in layout.inputs if plane.spec.shared)
+        self._model = layout.spec
 
     def __bool__(self) -> bool:
         return bool(self.inputs or self.outputs or self.shared)
@@ -64,11 +65,12 @@ class Variation:
         """What the slots, which are submitted together, have in common.
 
         Raises:
-            InvalidInput: they differ.
+            InvalidInput: they differ, or the model takes no items of their shapes.
         """
         shapes = self.submitted(claim, 0)
         if claim.shapes and any(self.submitted(claim, row) != shapes for row in range(1, claim.count)):
             raise InvalidInput("slots with items of different shapes were submitted together; use .slots()")
+        self._check(shapes)
         for plane in self.shared:
             rows = _rows(claim, plane)
             if (rows[1:] != rows[0]).any():
@@ -81,6 +83,14 @@ class Variation:
     def row_variant(self, claim: Claim, row: int) -> tuple[m.Shapes, bytes]:
         """What must be equal in slots that are submitted together."""
         return self.submitted(claim, row), self._digest(claim, row)
+
+    def _check(self, shapes: m.Shapes) -> None:
+        """Each shape is within its own range by now; see `ModelSpec.profiles` for them together."""
+        if not self._model.covers(shapes):
+            shown = ", ".join(f"{plane.spec.name} {shape}" for plane, shape in zip(self.inputs, shapes, strict=True))
+            raise InvalidInput(
+                f"model {self._model.name!r} takes items of {self._model.describe_profiles()}, got {shown}"
+            )
 
     def _digest(self, claim: Claim, row: int) -> bytes:
         if not self.shared:

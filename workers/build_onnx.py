@@ -191,6 +191,30 @@ def _describe(value: Any) -> GraphTensor:
     return GraphTensor(value.name, _ELEM_TYPES.get(kind.elem_type, ""), dims)
 
 
+def has_unnamed_axes(model: Any) -> bool:
+    """Whether an input has open axes with a name that is none, as Paddle's exporter calls them all "?"."""
+    return any(_unnamed(dim) for value in model.graph.input for dim in value.type.tensor_type.shape.dim)
+
+
+def name_axes(model: Any) -> bool:
+    """Give such axes names of their own, since TensorRT holds axes of one name to one size; returns whether any is."""
+    found = has_unnamed_axes(model)
+    if found:
+        for value in model.graph.input:
+            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+                if _unnamed(dim):
+                    dim.dim_param = f"{value.name}_axis_{axis}"
+        for value in [*model.graph.output, *model.graph.value_info]:
+            for dim in value.type.tensor_type.shape.dim:
+                if _unnamed(dim):
+                    dim.ClearField("dim_param")
+    return found
+
+
+def _unnamed(dim: Any) -> bool:
+    return bool(dim.dim_param) and not dim.dim_param[0].isalpha() and dim.dim_param[0] != "_"
+
+
 def change_io(model: Any, wanted: Mapping[str, str], skip: Collection[str] = ()) -> dict[str, tuple[str, str]]:
     """Give inputs and outputs of `model` other dtypes, with a Cast behind each input and before each output.
 
@@ -208,7 +232,7 @@ def change_io(model: Any, wanted: Mapping[str, str], skip: Collection[str] = ())
         ModelError: a name that the model does not have, or a tensor that has no number for elements.
     """
     onnx = _import("onnx")
-    goals = {name: io_dtype(dtype) for name, dtype in wanted.items()}
+    goals = {name: io_dtype(word) for name, word in wanted.items()}
     ins, outs = inputs(model), outputs(model)
     unknown = goals.keys() - {tensor.name for tensor in ins + outs} - {""}
     if unknown:
@@ -233,8 +257,12 @@ def change_io(model: Any, wanted: Mapping[str, str], skip: Collection[str] = ())
 
 
 def io_dtype(word: str) -> str:
-    """NumPy's name of a dtype in the words of `IO_DTYPES`.  Raises `ConfigError` if it is none of them."""
-    dtype = IO_DTYPES.get(word)
+    """NumPy's name of a dtype in the words of `IO_DTYPES`, whatever format is behind it.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    dtype = IO_DTYPES.get(word.partition(":")[0])
     if dtype is None:
         raise ConfigError(f"--io {word}: choose one of fp32, fp16, uint8 and int8")
     return dtype
@@ -268,6 +296,9 @@ def make_profiles(
     given: Mapping[str, Profile],
     item_shapes: Mapping[str, ShapeRange],
     max_batch: int,
+    *,
+    outputs: Collection[str] = (),
+    batched: bool = True,
 ) -> dict[str, Profile]:
     """The range of shapes of each input that is not fixed.
 
@@ -275,19 +306,26 @@ def make_profiles(
         tensors: the model's inputs.
         given: profiles by input; one whose shapes have one number ranges over the batch alone.
         item_shapes: shapes without the batch, for inputs that leave theirs open; of a range, the largest is the best.
+            Those of outputs do not matter here.
         max_batch: the largest batch where neither `given` nor the model says; the best is half of it.
+        outputs: names of outputs.
+        batched: inputs have the batch in front, but for those without axes, and for those whose first axis is fixed
+            where that of others is open.
 
     Raises:
         ModelError: a profile does not fit its input, or an open axis has none.
     """
-    unknown = (given.keys() | item_shapes.keys()) - {tensor.name for tensor in tensors}
+    unknown = (given.keys() | (item_shapes.keys() - set(outputs))) - {tensor.name for tensor in tensors}
     if unknown:
         raise ModelError(f"--shapes names {min(unknown)!r}, but the model's inputs are {', '.join(map(str, tensors))}")
     profiles = {}
+    is_open = any(tensor.dims[0] is None for tensor in tensors if tensor.dims)
     for tensor in tensors:
-        if not tensor.dims:
-            raise ModelError(f"input {tensor.name!r} is a scalar; export the model with a first axis for the batch")
-        profile = _make_profile(tensor, given.get(tensor.name), item_shapes.get(tensor.name), max_batch)
+        profile, item_shape = given.get(tensor.name), item_shapes.get(tensor.name)
+        if batched and tensor.dims and not (is_open and tensor.dims[0] is not None):
+            profile = _make_profile(tensor, profile, item_shape, max_batch)
+        else:
+            profile = profile or _make_whole_profile(tensor, item_shape)
         _check_profile(tensor, profile)
         if None in tensor.dims:
             profiles[tensor.name] = profile
@@ -311,6 +349,20 @@ def _make_profile(tensor: GraphTensor, given: Profile | None, item_shape: ShapeR
         )
     least, most = (tuple(size[end] if isinstance(size, tuple) else size for size in fixed) for end in (0, -1))
     return Profile((batches[0], *least), (batches[1], *most), (batches[2], *most))
+
+
+def _make_whole_profile(tensor: GraphTensor, given: ShapeRange | None) -> Profile:
+    """That of an input without a batch axis."""
+    shape = tensor.dims if given is None else given
+    fixed = tuple(size for size in shape if size is not None)
+    if len(fixed) < len(shape):
+        example = "x".join(str(size or 128) for size in tensor.dims)
+        raise ModelError(
+            f"input {tensor}, which has no batch axis, leaves sizes open: give its smallest, best and largest shape, "
+            f"for example --shapes {tensor.name}={example}:{example}:{example}"
+        )
+    least, most = (tuple(size[end] if isinstance(size, tuple) else size for size in fixed) for end in (0, -1))
+    return Profile(least, most, most)
 
 
 def _check_profile(tensor: GraphTensor, profile: Profile) -> None:

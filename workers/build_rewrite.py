@@ -62,6 +62,8 @@ def rewrite(request: BuildRequest, say: Say) -> PlanRecord:
     started = time.monotonic()
     path, output = Path(request.source.path), Path(request.output)
     options = request.build
+    if formats := [word for word in options.io.values() if ":" in word]:
+        raise ConfigError(f"--io {formats[0]}: a format is for a plan, and {output.name} is an ONNX file; leave it out")
     say(Line(progress=Progress("reading the model", 0, 0)))
     model = build_onnx.load(path, types=options.fp16)
     digest = build_onnx.digest(path, build_onnx.load(path, weights=False))

@@ -22,7 +22,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -31,7 +31,7 @@ import msgspec
 
 from trtpool import __version__
 from trtpool.ipc.arena import format_bytes
-from trtpool.ipc.building import BUILD_FORMAT, Builder, BuildRequest, Line, PlanRecord, PlanTensor, Progress
+from trtpool.ipc.building import BUILD_FORMAT, IO_FORMATS, Builder, BuildRequest, Line, PlanRecord, PlanTensor, Progress
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, ModelError
 from trtpool.ipc.settings import BuildSettings, Profile
 
@@ -42,6 +42,9 @@ from .devices import look
 from .flavours import Flavour, load_flavour, logger, take_errors
 
 PROGRESS_STEPS: Final = 1000
+
+IMAGE_AXES: Final = 4
+"""Of a batch of images; formats are about their channels."""
 
 DTYPES: Final = {
     "FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "UINT8": "uint8", "INT32": "int32",
@@ -87,7 +90,17 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
     digest = build_onnx.digest(path, model)
     given = build_onnx.inputs(model)
     resolved = msgspec.structs.replace(request.build, normalize=resolve(model, request.build.normalize))
-    profiles = build_onnx.make_profiles(given, request.build.profiles, request.shapes, request.max_batch)
+    profiles = [
+        build_onnx.make_profiles(
+            given,
+            {**request.build.profiles, **more},
+            request.shapes,
+            request.max_batch,
+            outputs=[tensor.name for tensor in build_onnx.outputs(model)],
+            batched=not request.no_batch,
+        )
+        for more in ({}, *request.build.more)
+    ]
     flavour = load_flavour(request.flavour, build=True)
     target = _find_target(flavour, request.build.compute_capability)
     place = f"for compute capability {target.compute_capability}" + (f" ({target.gpu})" if target.gpu else "")
@@ -96,6 +109,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
     file, model = _prepare(request, flavour, model, say)
     network = _Network(flavour, path, fp16=request.build.fp16)
     network.read(file, model)
+    network.set_formats(request.build.io)
     del model  # may be gigabytes
     tensors = network.describe(profiles)
     for tensor in tensors:
@@ -152,11 +166,12 @@ def _prepare(request: BuildRequest, flavour: Flavour, model: Any, say: Say) -> t
     converted = options.fp16 and _is_strongly_typed(flavour.module, fp16=True)
     how = "float16 where it pays" if options.fp16 and not converted else "float16" if converted else "as in the file"
     say(Line(said=f"precision: {how}"))
-    if not (options.io or options.normalize or converted):
+    if not (options.io or options.normalize or converted or build_onnx.has_unnamed_axes(model)):
         return path, model
     model = build_onnx.load(path, types=converted)
     _check_int8(options, flavour, path, model)
-    if not change(model, options, say, converted=converted):
+    named = build_onnx.name_axes(model)
+    if not change(model, options, say, converted=converted) and not named:
         return path, model
     file = output.with_name("changed.onnx")
     build_onnx.save(model, file)
@@ -170,7 +185,11 @@ def _check_int8(options: BuildSettings, flavour: Flavour, path: Path, model: Any
         ModelError: int8 is asked for, and the model is not quantized.
     """
     quantized = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in model.graph.node)
-    if "int8" in options.io.values() and not quantized and not _is_strongly_typed(flavour.module, fp16=options.fp16):
+    if (
+        any(build_onnx.io_dtype(word) == "int8" for word in options.io.values())
+        and not quantized
+        and not _is_strongly_typed(flavour.module, fp16=options.fp16)
+    ):
         raise ModelError(
             f"{flavour} takes int8 inputs and outputs of quantized models alone, and {path} has no QuantizeLinear or "
             "DequantizeLinear; choose --io uint8 or --io fp16"
@@ -211,6 +230,7 @@ class _Network:
         if _is_strongly_typed(trt, fp16=fp16):
             wanted.append("STRONGLY_TYPED")
         self._fp16 = fp16 and hasattr(trt.BuilderFlag, "FP16")
+        self._formats: list[str] = []
         self._network = self._builder.create_network(_bits(trt.NetworkDefinitionCreationFlag, wanted))
 
     def read(self, file: Path, model: Any) -> None:
@@ -224,22 +244,44 @@ class _Network:
             if tensor.is_shape_tensor:
                 raise self._refusal(f"input {tensor.name!r} decides about shapes; make it a constant of the model")
 
-    def describe(self, profiles: dict[str, Profile]) -> tuple[PlanTensor, ...]:
+    def set_formats(self, io: Mapping[str, str]) -> None:
+        """Let inputs and outputs lie in memory as `BuildSettings.io` says; what is for all, those with four axes."""
+        for tensor in [*self._inputs(), *self._outputs()]:
+            word = io.get(tensor.name) or io.get("", "")
+            dtype, _, wanted = word.partition(":")
+            if not wanted:
+                continue
+            fits = DTYPES.get(tensor.dtype.name) == build_onnx.io_dtype(word) and len(tensor.shape) == IMAGE_AXES
+            if not fits and tensor.name not in io:
+                continue
+            formats = self._trt.TensorFormat
+            known = [name for name in IO_FORMATS if hasattr(formats, name.upper())]
+            if wanted not in known:
+                raise ConfigError(f"--io {word}: {self._flavour} has no such format; it has {', '.join(known)}")
+            if len(tensor.shape) < IMAGE_AXES or tensor.shape[1] < 0:
+                raise ModelError(
+                    f"--io {tensor.name}={word}: its shape is {tuple(tensor.shape)}, and formats are for a batch, a "
+                    f"fixed number of channels, and two axes or more; choose --io {tensor.name}={dtype}"
+                )
+            tensor.allowed_formats = 1 << int(getattr(formats, wanted.upper()))
+            self._formats.append(f"{tensor.name}={word}")
+
+    def describe(self, profiles: Sequence[Mapping[str, Profile]]) -> tuple[PlanTensor, ...]:
         """The inputs and outputs that the plan will have."""
-        outputs = [self._network.get_output(number) for number in range(self._network.num_outputs)]
         return tuple(
             PlanTensor(
                 tensor.name,
                 role,
                 DTYPES.get(tensor.dtype.name, tensor.dtype.name.lower()),
                 tuple(tensor.shape),
-                profiles.get(tensor.name) if role == "input" else None,
+                profiles[0].get(tensor.name) if role == "input" else None,
+                tuple(more[tensor.name] for more in profiles[1:] if role == "input" and tensor.name in more),
             )
-            for role, tensors in (("input", self._inputs()), ("output", outputs))
+            for role, tensors in (("input", self._inputs()), ("output", self._outputs()))
             for tensor in tensors
         )
 
-    def configure(self, request: BuildRequest, target: Target, profiles: dict[str, Profile]) -> Any:
+    def configure(self, request: BuildRequest, target: Target, profiles: Sequence[Mapping[str, Profile]]) -> Any:
         """A builder configuration for this network."""
         trt, config = self._trt, self._builder.create_builder_config()
         if request.build.workspace_bytes:
@@ -256,9 +298,9 @@ class _Network:
         if self._flavour.name == "rtx":
             config.num_compute_capabilities = 1
             config.set_compute_capability(self._compute_capability(target), 0)
-        if profiles:
+        for given in profiles if profiles[0] else ():  # nothing is open, or the same inputs are in each
             profile = self._builder.create_optimization_profile()
-            for name, shapes in profiles.items():
+            for name, shapes in given.items():
                 profile.set_shape(name, shapes.min, shapes.opt, shapes.max)
             if config.add_optimization_profile(profile) < 0:
                 raise self._refusal(f"{take_errors() or 'the shapes do not fit'}; change --shapes")
@@ -274,11 +316,16 @@ class _Network:
         take_errors()
         plan = self._builder.build_serialized_network(self._network, config)
         if plan is None:
-            raise self._refusal(f"{take_errors() or 'it does not say why'}; change --shapes or the model")
+            text = take_errors() or "it does not say why"
+            remedy = f"; leave out the format of --io {self._formats[-1]}, or choose another" if self._formats else ""
+            raise self._refusal(f"{text}; change --shapes or the model{remedy}")
         return plan
 
     def _inputs(self) -> list[Any]:
         return [self._network.get_input(number) for number in range(self._network.num_inputs)]
+
+    def _outputs(self) -> list[Any]:
+        return [self._network.get_output(number) for number in range(self._network.num_outputs)]
 
     def _compute_capability(self, target: Target) -> Any:
         known = self._trt.ComputeCapability

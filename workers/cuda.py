@@ -160,6 +160,15 @@ class Cuda:
         if error:
             raise self.error("cudaMemcpyAsync", error)
 
+    def copy_rows(
+        self, host: int, pitch: int, device: int, width: int, height: int, stream: Any, *, to_device: bool
+    ) -> None:
+        """Enqueue a copy of `height` rows of `width` bytes, `pitch` apart on the host, side by side on the device."""
+        ends = (device, width, host, pitch) if to_device else (host, pitch, device, width)
+        (error,) = self._rt.cudaMemcpy2DAsync(*ends, width, height, self.h2d if to_device else self.d2h, stream)
+        if error:
+            raise self.error("cudaMemcpy2DAsync", error)
+
     @property
     def copies_batches(self) -> bool:
         """Whether `copy_batch` can be used."""

@@ -138,3 +138,7 @@ class LaneEngine(Engine, Protocol):
 
 class EngineError(Exception):
     """The engine refused or failed a batch; the text is the engine's own."""
+
+
+class BatchRefused(EngineError):
+    """The engine refused this batch, or its answer does not fit the rows; batches on other lanes are as they were."""

@@ -143,18 +143,27 @@ class Job:
         batches: the rows of each, at most `max_batch` items.
     """
 
-    __slots__ = ("_left", "_spent", "batches", "run")
+    __slots__ = ("_error", "_left", "_spent", "batches", "run")
 
     def __init__(self, run: m.Run, layout: ModelLayout) -> None:
         self.run = run
         self.batches = cut(run.rows, layout.max_batch, layout.items_per_slot)
         self._left = len(self.batches)
         self._spent = Times(0, 0, 0)
+        self._error = ""
 
-    def finish(self, times: Times) -> m.Finished | None:
+    def fail(self, error: Exception) -> m.Failed | None:
+        """One of its batches was refused; what to tell the broker if it was the last: till then others write."""
+        self._error = self._error or str(error)[:MAX_TEXT]
+        self._left -= 1
+        return None if self._left else m.Failed(self.run.batch, self.run.attempt, self._error)
+
+    def finish(self, times: Times) -> m.Finished | m.Failed | None:
         """One of its batches took so long; what to tell the broker if it was the last."""
         self._left -= 1
         run, batches = self.run, len(self.batches)
+        if self._error:
+            return None if self._left else m.Failed(run.batch, run.attempt, self._error)
         if batches > 1:
             spent = self._spent
             copy_in, compute, copy_out, gathered = map(sum, zip(spent[:4], times[:4], strict=True))

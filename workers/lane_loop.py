@@ -26,7 +26,8 @@ With `busy_poll` there is one thread, which never blocks.
 The broker sends one batch more than there are lanes, so a lane that comes free is used again at once.
 
 A GPU that failed once cannot be trusted: whatever the failure, the worker says why, and ends.  Its batches go back to
-the queue, and the supervisor starts another worker.
+the queue, and the supervisor starts another worker.  A batch that does not fit the engine, or whose answer does not fit
+its rows, is no failure of the GPU: it alone is reported as failed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from trtpool.ipc.errors import EngineFailed, ProtocolError
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.spinning import Spin
 
-from .engine import EngineError, LaneEngine
-from .joining import MAX_TEXT, Inbox, Job, Joined
+from .engine import BatchRefused, EngineError, LaneEngine
+from .joining import MAX_TEXT, Inbox, Job, Joined, ids
 
 log = logging.getLogger("trtpool.worker")
 
@@ -187,6 +188,15 @@ class LaneLoop:
         engine = self._engines[job.run.model]
         try:
             engine.launch(lane, rows, job.run.shapes)
+        except BatchRefused as error:
+            self._free.append(lane)
+            log.warning(
+                "batch %d, attempt %d, was refused: %s", job.run.batch, job.run.attempt, error, extra=ids(job.run)
+            )
+            failed = job.fail(error)
+            if failed is not None:
+                self._ended.append(failed)
+            return
         except EngineError as error:
             # This batch is to blame, as far as can be told.
             self._fail(f"batch {job.run.batch} could not be launched: {error}", job.run)

@@ -30,6 +30,7 @@ from trtpool.ipc.settings import EngineSettings, ShapeRange
 from trtpool.ipc.tensors import DTYPES, ML_DTYPES, ModelSpec, TensorSpec
 
 from .onnx_model import one_line
+from .ranges import ends, show_range
 
 Dims = tuple["int | str | None", ...]
 """Axes as a model declares them: a size, a name for one that is open, or None for one that has no name."""
@@ -144,7 +145,7 @@ class _Describer:
                 f"{shown}: give its item shape, for example --shape {argument.name}={example}, or with a range, "
                 "such as 32..640, for each axis in which items differ"
             )
-        shape, least = _ends(item if given is None else given)
+        shape, least = ends(item if given is None else given)
         if not (_fits(shape, item) and _fits(least, item)):
             raise ModelError(f"{shown}: --shape {argument.name}={show_range(given or ())} does not fit it")
         return self._tensor(argument.name, dtype, shape, least, shown, shared=shared)
@@ -187,7 +188,7 @@ class _Describer:
         given = self._shapes.get(argument.name)
         if given is None:
             return None
-        bound, _ = _ends(given)
+        bound, _ = ends(given)
         if tuple(argument.shape) and not _fits(bound, item):
             raise ModelError(
                 f"output {argument.name!r} of {self._file} has shape {_show(tuple(argument.shape))}: "
@@ -269,17 +270,6 @@ class _Describer:
         tensor = TensorSpec(name, dtype, shape, None if least == shape else least, shared)
         _ = tensor.numpy_dtype  # now, and not when a client asks for an array
         return tensor
-
-
-def _ends(given: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The largest and the smallest shape of a range."""
-    pairs = [size if isinstance(size, tuple) else (size, size) for size in given]
-    return tuple(high for _, high in pairs), tuple(low for low, _ in pairs)
-
-
-def show_range(given: Sequence[Any]) -> str:
-    """A shape or a range of them as the command line has it, such as ``3x32..640``."""
-    return "x".join("..".join(map(str, size)) if isinstance(size, tuple) else str(size) for size in given)
 
 
 def _fits(shape: tuple[int, ...], dims: Dims) -> bool:

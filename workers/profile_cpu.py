@@ -12,7 +12,7 @@ from trtpool.ipc.settings import InspectRequest
 
 from .engine import Batch, Engine, Shapes
 from .loading import load
-from .profile_planes import Sample, Say, arena, batch_bytes, batches_of, in_series, largest_shapes, rows_of
+from .profile_planes import Sample, Say, arena, batch_bytes, batches_of, in_series, rows_of
 
 
 def measure(request: ProfileRequest, say: Say) -> Measured:
@@ -51,7 +51,7 @@ def measure(request: ProfileRequest, say: Say) -> Measured:
 
 def _series(engine: Engine, items: int, seconds: float, say: Say, threads: int) -> Phases:
     say(f"batches of {items}, {threads} thread{'s' if threads > 1 else ''}")
-    batch, shapes = rows_of(items), largest_shapes(engine.spec)
+    batch, shapes = rows_of(items), engine.spec.largest
     return in_series(lambda: _run(engine, batch, shapes), seconds)
 
 

@@ -162,7 +162,7 @@ def _pageable(
         found = {}
         for items in batches:
             say(f"batches of {items}, from memory that is not pinned")
-            engine.warm_up(items)
+            engine.warm_up(items, engine.spec.largest)
             found[items] = in_series(lambda items=items: run(engine, items), request.seconds)  # type: ignore[misc]
     return found
 
@@ -172,8 +172,8 @@ def _pageable(
 
 def _ways(engine: TensorrtEngine, items: int, seconds: float, say: Say, *, every: bool = True) -> _Ways:
     """Batches of `items` in series, and on lanes: on 1, 2 and so on with `every`, else on all only."""
-    engine.warm_up(items)
-    graph = engine.uses_graph(items)
+    engine.warm_up(items, engine.spec.largest)
+    graph = engine.uses_graph(items, engine.spec.largest)
     say(f"batches of {items}, {'with' if graph else 'without'} a CUDA graph")
     series = in_series(lambda: run(engine, items), seconds)
     lanes = range(1 if every else engine.lanes, engine.lanes + 1)
@@ -184,7 +184,7 @@ def run(engine: TensorrtEngine, items: int) -> Sample:
     """One batch from slot 0 on lane 0, waited for."""
     batch = rows_of(items)
     began_ns = perf_counter_ns()
-    engine.launch(0, batch)
+    engine.launch(0, batch, engine.spec.largest)
     enqueued_ns = perf_counter_ns()
     times = engine.wait(0)
     ended_ns = perf_counter_ns()
@@ -195,16 +195,16 @@ def run(engine: TensorrtEngine, items: int) -> Sample:
 
 def overlapped(engine: TensorrtEngine, items: int, lanes: int, seconds: float) -> Overlap:
     """Keep `lanes` lanes busy for `seconds`, each with slots of its own, waiting for the oldest batch each time."""
-    batches = [rows_of(items, lane * items) for lane in range(lanes)]
+    batches, shapes = [rows_of(items, lane * items) for lane in range(lanes)], engine.spec.largest
     flying: collections.deque[int] = collections.deque()
     for lane in range(lanes):
-        engine.launch(lane, batches[lane])
+        engine.launch(lane, batches[lane], shapes)
         flying.append(lane)
 
     def turn() -> None:
         lane = flying.popleft()
         engine.wait(lane)
-        engine.launch(lane, batches[lane])
+        engine.launch(lane, batches[lane], shapes)
         flying.append(lane)
 
     for _ in range(WARM_UP_RUNS * lanes):

@@ -13,14 +13,15 @@ a time; outputs stay on the device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 from trtpool.ipc.profiling import Phases, ProfileRequest
 
+from .contexts import Context, Dims
 from .cuda import Cuda
-from .plans import Context, Plan
+from .plans import Plan
 from .profile_planes import Arena, Sample, Say, in_series
 
 
@@ -38,6 +39,8 @@ def measure_mapped(
 ) -> dict[int, tuple[Phases, Phases]]:
     """By batch size, with inputs copied and with inputs in place; without sizes that the plan would fill up.
 
+    Nothing for plans whose items differ in shape or share an input, and for those with several profiles.
+
     Args:
         request: the plan, and how long to measure.
         batches: the sizes.
@@ -51,13 +54,16 @@ def measure_mapped(
     found: dict[int, tuple[Phases, Phases]] = {}
     with contextlib.ExitStack() as stack:
         plan = stack.enter_context(contextlib.closing(Plan(request.source, request.engine, cuda)))
+        if not plan.spec.is_uniform or len(plan.description.profiles) > 1:
+            return {}
+        (profile,) = plan.description.profiles
         stream = cuda.new_stream()
         stack.callback(cuda.destroy_stream, stream)
         events = [cuda.new_event() for _ in range(3)]
         for event in events:
             stack.callback(cuda.destroy_event, event)
         marks = _Marks(stream, *events)
-        context = stack.enter_context(contextlib.closing(plan.new_context(stream)))
+        context = stack.enter_context(contextlib.closing(plan.new_context(stream, profile.number)))
         inputs = {tensor.name: planes.inputs[tensor.name].ctypes.data for tensor in plan.spec.inputs}
         device = {}
         for tensor in (*plan.spec.inputs, *plan.spec.outputs):
@@ -66,8 +72,9 @@ def measure_mapped(
             context.bind(tensor.name, device[tensor.name])
         stack.callback(cuda.synchronize, stream)  # before anything is freed
         for items in batches:
-            if items < plan.min_batch:
+            if items < profile.least:
                 continue
+            shapes = plan.description.set_shapes(profile, items)
             say(f"batches of {items}, with inputs in place")
             copies = [(device[one.name], inputs[one.name], items * one.item_bytes) for one in plan.spec.inputs]
 
@@ -75,10 +82,10 @@ def measure_mapped(
                 for target, host, size in copies:
                     cuda.copy_in(target, host, size, stream)
 
-            copied = _series(cuda, context, items, marks, copy, request.seconds)
+            copied = _series(cuda, context, shapes, marks, copy, request.seconds)
             for name, host in inputs.items():
                 context.bind(name, cuda.device_address(host))
-            in_place = _series(cuda, context, items, marks, lambda: None, request.seconds)
+            in_place = _series(cuda, context, shapes, marks, lambda: None, request.seconds)
             for name in inputs:
                 context.bind(name, device[name])
             found[items] = copied, in_place
@@ -86,7 +93,7 @@ def measure_mapped(
 
 
 def _series(
-    cuda: Cuda, context: Context, items: int, marks: _Marks, copy: Callable[[], None], seconds: float
+    cuda: Cuda, context: Context, shapes: Mapping[str, Dims], marks: _Marks, copy: Callable[[], None], seconds: float
 ) -> Phases:
     stream, handle = marks.stream, int(marks.stream)
 
@@ -96,7 +103,7 @@ def _series(
         cuda.record(marks.began, stream)
         copy()
         cuda.record(marks.copied, stream)
-        context.enqueue(items, handle)
+        context.enqueue(shapes, handle)
         cuda.record(marks.computed, stream)
         enqueued_ns = perf_counter_ns()
         cuda.wait_event(marks.computed)

@@ -17,7 +17,7 @@ from trtpool.ipc.layout import ModelPlan, plan, plane_array, row_items
 from trtpool.ipc.profiling import Phases, ProfileRequest, spread
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
-from .engine import Planes, Rows, Shapes
+from .engine import Planes, Rows
 
 Say = Callable[[str], None]
 
@@ -50,12 +50,6 @@ def batches_of(spec: ModelSpec, request: ProfileRequest, say: Say) -> tuple[int,
     if taken[0] < spec.batch_least:
         say(f"batches of fewer than {spec.batch_least} are filled up to that, so they cost as much")
     return taken
-
-
-def largest_shapes(spec: ModelSpec) -> Shapes:
-    """The shapes of an item for `Engine.run`: the largest of each input that varies."""
-    varying, _ = spec.varying
-    return tuple(tensor.shape for tensor in varying)
 
 
 def rows_of(items: int, first: int = 0) -> tuple[Rows, ...]:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.errors import DeviceUnavailable
+from trtpool.ipc.layout import row_items
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 from .cuda import ERROR_MEMORY_ALLOCATION, Cuda, CudaError
 from .engine import Batch, EngineError, Planes, Shapes, Times
-from .lanes import HostTensor, Lane
+from .forms import HostTensor
+from .lanes import Lane
 from .planes import check_planes
 from .plans import Plan
 
@@ -24,7 +26,8 @@ class TensorrtEngine:
 
     Args:
         source: the plan, and the model's name.
-        settings: `lanes`, `graphs`, `flavour`, `shapes` and `host_code` are its own.
+        settings: `lanes`, `graphs`, `flavour` and `host_code` are its own; for what counts of the rest see
+            `plan_describe`.
         cuda: the device.
         busy_poll: nobody is to `block`; see `WorkerConfig`.
 
@@ -73,7 +76,7 @@ class TensorrtEngine:
         self._items_per_slot = check_planes(spec, inputs, outputs)
         self._slots = len(inputs[spec.inputs[0].name])
         self._max_batch = max_batch
-        hosts = _addresses(spec.inputs, inputs), _addresses(spec.outputs, outputs)
+        hosts = self._hosts(spec.inputs, inputs), self._hosts(spec.outputs, outputs)
         for number in range(self._settings.lanes):
             try:
                 lane = Lane(
@@ -100,24 +103,24 @@ class TensorrtEngine:
                 raise DeviceUnavailable(self._explain(error, number)) from error
             self._lanes.append(lane)
 
-    def warm_up(self, items: int) -> None:
+    def warm_up(self, items: int, shapes: Shapes | None = None) -> None:
         """Run a batch of zeros, or what lies on the device, on each lane until its graph is captured.
+
+        Where items differ in shape that is never, unless `shapes` are given.
 
         Raises:
             EngineError: the engine refuses it.
             CudaError: the device failed.
         """
         for lane in self._lanes:
-            lane.warm_up(items)
+            lane.warm_up(items, shapes)
 
-    def uses_graph(self, items: int) -> bool:
+    def uses_graph(self, items: int, shapes: Shapes = ()) -> bool:
         """Whether batches of `items` items launch a CUDA graph, once they are warmed up."""
-        return bool(self._lanes) and self._lanes[0].has_graph(items)
+        return bool(self._lanes) and self._lanes[0].has_graph(items, shapes)
 
     def launch(self, lane: int, batch: Batch, shapes: Shapes = ()) -> None:
         """Enqueue a batch; see `LaneEngine.launch`."""
-        if shapes:
-            raise EngineError(f"model {self._plan.spec.name!r} takes items of one shape")
         if not self._lanes:
             raise EngineError(f"model {self._plan.spec.name!r} is not bound to planes, or was closed")
         items, per_slot, slots = 0, self._items_per_slot, self._slots
@@ -130,7 +133,7 @@ class TensorrtEngine:
         if not 0 < items <= self._max_batch:
             raise EngineError(f"a batch of {items} items is not from 1 to max_batch {self._max_batch}")
         try:
-            self._lanes[lane].launch(batch, items)
+            self._lanes[lane].launch(batch, items, shapes)
         except CudaError as error:
             raise EngineError(str(error)) from error
 
@@ -175,6 +178,12 @@ class TensorrtEngine:
         self._drop_lanes()
         self._plan.close()
 
+    def _hosts(self, tensors: Sequence[TensorSpec], planes: Planes) -> list[HostTensor]:
+        return [
+            HostTensor(one, planes[one.name].ctypes.data, row_items(one, self._items_per_slot) * one.item_bytes)
+            for one in tensors
+        ]
+
     def _drop_lanes(self) -> None:
         lanes, self._lanes = self._lanes, []
         for lane in lanes:
@@ -191,7 +200,3 @@ class TensorrtEngine:
             f"{format_bytes(total)} are free; lower --lanes, --max-batch or --workers-per-gpu, or end what else uses "
             "the GPU (nvidia-smi shows what)"
         )
-
-
-def _addresses(tensors: Sequence[TensorSpec], planes: Planes) -> list[HostTensor]:
-    return [HostTensor(tensor.name, planes[tensor.name].ctypes.data, tensor.item_bytes) for tensor in tensors]

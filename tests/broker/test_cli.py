@@ -106,7 +106,7 @@ def test_every_option_reaches_the_settings(run, started, model, tmp_path, monkey
         "slots": 9, "items_per_slot": 3, "max_batch": 6, "max_delay_us": 70,
         "max_slots_per_producer": 4, "drain_timeout_s": 1.5,
         "batch_timeout_s": 2.5, "start_timeout_s": 3.5, "recall_timeout_s": 4.5, "slow_ms": 5.5,
-        "metrics": "127.0.0.1:9400",
+        "metrics": "127.0.0.1:9400", "spin_us": 7,
     }  # fmt: skip
     words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     words += ["--workers=2", "--threads=5", "--shape=a:x=3x4", "--shape=b:z=7", "--name=ocr", "--run-dir=there"]

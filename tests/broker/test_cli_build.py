@@ -99,6 +99,19 @@ def test_shapes(word, name, profile, run, built):
     assert built[0][0].build.profiles == {name: profile}
 
 
+def test_shapes_of_one_input_again_are_further_profiles(run, built):
+    words = ["--shapes=x=1:2:4", "--shapes=y=1:2:8", "--shapes=x=8:8:8", "--shapes=x=9:9:9"]
+    assert run("det.onnx", *words) == 0
+    build = built[0][0].build
+    assert {name: profile.max for name, profile in build.profiles.items()} == {"x": (4,), "y": (8,)}
+    assert [{name: profile.max for name, profile in more.items()} for more in build.more] == [{"x": (8,)}, {"x": (9,)}]
+
+
+def test_formats(run, built):
+    assert run("det.onnx", "--io=float16:chw16", "--io", "y:0=fp32") == 0
+    assert built[0][0].build.io == {"": "fp16:chw16", "y:0": "fp32"}
+
+
 @pytest.mark.parametrize(
     ("word", "name", "normalize"),
     [
@@ -147,7 +160,8 @@ def test_sizes(text, count, run, built):
 @pytest.mark.parametrize(
     "word",
     [
-        "--io=bf16", "--io=x=", "--io=x=fp64", "--shapes=1x3:2x3:4x3", "--shapes=x=1:2", "--shapes=x=1x2:2:4",
+        "--io=bf16", "--io=fp16:", "--io=x=fp16:nchw", "--io=x=", "--io=x=fp64",
+        "--shapes=1x3:2x3:4x3", "--shapes=x=1:2", "--shapes=x=1x2:2:4",
         "--shapes=x=", "--shapes=x=0", "--shapes=x=1xa", "--shapes=x=1x2,3", "--workspace=0", "--workspace=4QB",
         "--workspace=-1", "--workspace=9999999TiB", "--compute-capability=89", "--compute-capability=sm89",
         "--flavour=lean", "--normalize=x", "--normalize=x=mean=", "--normalize=mean=1,mean=2",

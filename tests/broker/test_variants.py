@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.broker.core_rig import MS, Rig, sent, variant
 from trtpool.broker.batching import Variant, Work
+from trtpool.broker.books import Refused
 from trtpool.broker.journal import SLOT_BYTES, journal_bytes, slot_bytes
 from trtpool.broker.records import LeaseRecord, Model, Producer
+from trtpool.broker.shapes import variant_of
 from trtpool.broker.variants import VariantQueue
 from trtpool.ipc import messages as m
-from trtpool.ipc.layout import Layout
+from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.settings import INTERACTIVE
+from trtpool.ipc.tensors import ModelSpec, Span, TensorSpec
 
 SMALL, LARGE, OTHER = variant(1), variant(9), variant(9, shared=1)
 
@@ -195,3 +199,13 @@ def test_a_queue_gives_all_in_order_of_age_of_its_variants(works: list[tuple[Var
             for _ in range(work.count):
                 left.remove((work.queued_ns, kind))
     assert not len(queue)
+
+
+def test_shapes_that_no_profile_takes_are_refused():
+    x, y = TensorSpec("x", "float32", (32,), (1,)), TensorSpec("y", "float32", ())
+    profiles = ((Span((1,), (8,)),), (Span((16,), (32,)),))
+    (layout,) = plan([ModelPlan(ModelSpec("m", "/m.plan", (x,), (y,), profiles=profiles), 4, 1, 4)]).models
+    submit = m.Submit(1, 0, 1, 0, 1, None, 0, None, 0, ((8,),))
+    assert variant_of(layout, submit) == (((8,),), b"")
+    with pytest.raises(Refused, match=r"items of x \(1 to 8\) or x \(16 to 32\) are taken, not \(\(9,\),\)"):
+        variant_of(layout, msgspec.structs.replace(submit, shapes=((9,),)))

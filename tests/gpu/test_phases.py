@@ -80,22 +80,22 @@ if sys.orig_argv[-1] == "trtpool.workers":
             (error,) = driver.cuLaunchKernel(Lane.kernel, 1, 1, 1, 1, 1, 1, 0, stream, arguments, 0)
             assert not error, error
 
-        def _copy_run_in(self, first, items):
+        def _copy_run_in(self, buffers, first, items):
             if armed("copy in"):
-                super()._copy_run_in(first, 1)
+                super()._copy_run_in(buffers, first, 1)
                 self.hold()
-            super()._copy_run_in(first, items)
+            super()._copy_run_in(buffers, first, items)
 
-        def _copy_run_out(self, first, items):
+        def _copy_run_out(self, buffers, first, items):
             if armed("copy out"):
-                super()._copy_run_out(first, 1)
+                super()._copy_run_out(buffers, first, 1)
                 self.hold()
-            super()._copy_run_out(first, items)
+            super()._copy_run_out(buffers, first, items)
 
-        def _compute(self, items):
+        def _compute(self, step):
             if armed("compute"):
                 self.hold()
-            super()._compute(items)
+            super()._compute(step)
 
     lanes.Lane = Lane
 

@@ -9,7 +9,7 @@ import pytest
 
 from trtpool.ipc.layout import ModelLayout, ModelPlan, plan
 from trtpool.ipc.signature import differences
-from trtpool.ipc.tensors import ModelSpec, TensorSpec
+from trtpool.ipc.tensors import ModelSpec, Span, TensorSpec
 
 A = TensorSpec("a", "float32", (3, 8), (3, 1))
 B = TensorSpec("b", "int64", ())
@@ -61,3 +61,16 @@ def test_whole_batches_must_be_of_the_slots_size() -> None:
     whole = msgspec.structs.replace(SPEC, batch_limit=4, whole_slots=True)
     assert differences(layout(whole, 4, 4), whole) == []
     assert differences(layout(whole, 4, 4), msgspec.structs.replace(whole, batch_limit=8)) != []
+
+
+def test_ranges_of_shapes_must_be_the_same_or_wider() -> None:
+    wide = msgspec.structs.replace(SPEC, inputs=(WIDE, B))
+    both = ((Span((3, 1), (3, 4)),), (Span((3, 6), (3, 9)),))
+    profiled = msgspec.structs.replace(wide, profiles=both)
+    assert differences(layout(profiled), profiled) == []
+    assert differences(layout(profiled), wide) == []
+    (said,) = differences(layout(wide), profiled)
+    assert said == (
+        "it takes items of a (3, 1 to 4) or a (3, 6 to 9), and the pool serves one that takes all shapes between its "
+        "smallest and its largest"
+    )

@@ -36,6 +36,8 @@ class Tensor:
         self.dtype = SimpleNamespace(name=DTYPES[kind.elem_type])
         self.shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
         self.is_shape_tensor = value.name.startswith("shape_")
+        self.allowed_formats = 0
+        self.axes = [dim.dim_param for dim in kind.shape.dim]
 
 
 class Network:
@@ -107,6 +109,7 @@ def make_tensorrt(version: str) -> Any:
     names("PreviewFeature", ["PROFILE_SHARING_0806"] if major < 11 else ["OTHER"])
     names("TacticSource", ["CUBLAS", "CUBLAS_LT", "CUDNN", "EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"]
           if major < 11 else ["EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"])  # fmt: skip
+    names("TensorFormat", ["LINEAR", "CHW2", "HWC8", "CHW4", "CHW16", "CHW32", "HWC"])
     names("MemoryPoolType", ["WORKSPACE", "DLA_MANAGED_SRAM"])
     if major >= 10:
         trt.IProgressMonitor = IProgressMonitor
@@ -184,7 +187,14 @@ def make_tensorrt(version: str) -> Any:
             flags = [flag.name for flag in trt.NetworkDefinitionCreationFlag if network.flags & 1 << int(flag)]
             sources = [source.name for source in trt.TacticSource if config.sources & 1 << int(source)]
             inputs = {tensor.name: tensor.dtype.name for tensor in network.inputs}
-            return json.dumps({"network": flags, "sources": sources, "inputs": inputs, **config.asked}).encode()
+            formats = {
+                tensor.name: [one.name for one in trt.TensorFormat if tensor.allowed_formats & 1 << int(one)]
+                for tensor in [*network.inputs, *network.outputs]
+                if tensor.allowed_formats
+            }
+            axes = {tensor.name: tensor.axes for tensor in network.inputs}
+            made = {"axes": axes, "network": flags, "sources": sources, "inputs": inputs, "formats": formats}
+            return json.dumps({**made, **config.asked}).encode()
 
     class OnnxParser:
         def __init__(self, network: Network, logger: Any) -> None:

@@ -58,6 +58,9 @@ MAPPED: Final = 1 << 60
 ALIGNMENT: Final = 256
 """Device memory begins at a multiple of this, in bytes."""
 
+MAX_PITCH: Final = 2**31 - 1
+"""CUDA's own limit, in bytes."""
+
 POISON: Final = 0xDB
 """What new device memory holds."""
 
@@ -225,9 +228,14 @@ class FakeRuntime:
         return (self.driver,)
 
     @call(1)
+    def cudaRuntimeGetVersion(self) -> tuple[int]:
+        return (self.driver,)
+
+    @call(1)
     def cudaGetDeviceProperties(self, device: int) -> tuple[Any]:
         major, minor = self.capability
-        return (SimpleNamespace(name=b"Fake GPU", major=major, minor=minor),)
+        properties = {"name": b"Fake GPU", "major": major, "minor": minor, "totalGlobalMem": self.memory_bytes}
+        return (SimpleNamespace(**properties),)
 
     @call(1)
     def cudaDeviceGetPCIBusId(self, length: int, device: int) -> tuple[bytes]:
@@ -309,6 +317,23 @@ class FakeRuntime:
         host, device = (src, dst) if to_device else (dst, src)
         copy = Copy(to_device, host, device, count, batched=False)
         self._enqueue_copies(self.stream(stream), [copy])
+
+    @call(0)
+    def cudaMemcpy2DAsync(
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: int, stream: Any
+    ) -> None:
+        if width > min(dpitch, spitch) or max(dpitch, spitch) > MAX_PITCH:
+            raise CallFailed(Code.cudaErrorInvalidValue)
+        to_device = kind == d.cudaMemcpyKind.cudaMemcpyHostToDevice
+        (host, host_pitch), (device, pitch) = ((src, spitch), (dst, dpitch))[:: 1 if to_device else -1]
+        whole = (height - 1) * host_pitch + width
+        if self._crosses(host, whole):
+            raise CallFailed(Code.cudaErrorInvalidValue)
+        rows = [
+            Copy(to_device, host + row * host_pitch, device + row * pitch, width, batched=False)
+            for row in range(height)
+        ]
+        self._enqueue_copies(self.stream(stream), rows)
 
     @call(0, "cudaMemcpyBatchAsync")
     def _copy_batch(

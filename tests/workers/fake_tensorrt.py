@@ -17,6 +17,7 @@ import enum
 import json
 import math
 import os
+import re
 import struct
 import sys
 import weakref
@@ -66,8 +67,8 @@ class Tensor(NamedTuple):
     """A tensor of a plan.
 
     Attributes:
-        shape: batch axis first.  Of an input, -1 is open.  Of an output, "N" is the batch, "2N" twice that, and "?"
-            depends on the data.
+        shape: batch axis first.  Of an input, -1 is open.  Of an output, "N" is the batch, "2N" twice that, "x.2" the
+            size of axis 2 of input x, and "?" depends on the data.
         profiles: of an input with something open: smallest, best and largest shape, for each profile.
     """
 
@@ -89,6 +90,15 @@ FUNCTIONS: Final[dict[str, Callable[[Arrays], dict[str, npt.NDArray[Any]]]]] = {
     "neg": lambda given: {"y": -given["x"]},
     "sum": lambda given: {"sum": given["a"] + given["b"], "twice": given["a"] * 2},
     "flatten": lambda given: {"y": given["x"].reshape(len(given["x"]), -1).sum(1)},
+    "varying": lambda given: {
+        "y": -given["x"],
+        "s": given["x"].sum(1),
+        "m": given["x"].max((1, 2))[:, None],
+    },
+    "shared": lambda given: {"y": given["x"] * given["k"] + given["b"].max(0)},
+    "nonzero": lambda given: {"y": np.flatnonzero(given["x"])},
+    "upto": lambda given: {"y": given["x"][:, : int(given["x"][:, 0].max())], "n": given["x"][:, :1]},
+    "whole": lambda given: {"y": given["x"].sum(), "z": given["x"][:, 0]},
     "same": lambda given: {name.replace("_in", "_out"): array for name, array in given.items()},
 }
 """What a plan computes, by the name that is in it: batches in, batches out."""
@@ -147,14 +157,19 @@ def make_module(flavour: str, runtime: FakeRuntime, version: str = "") -> Module
         "DataType": [*_DTYPES],
         "TensorIOMode": ["NONE", "INPUT", "OUTPUT"],
         "TensorLocation": ["DEVICE", "HOST"],
-        "TensorFormat": ["LINEAR", "CHW4"],
+        "TensorFormat": ["LINEAR", "CHW2", "HWC8", "CHW4", "CHW16", "CHW32", "HWC", "DLA_LINEAR", "HWC16"],
     }
     if flavour == "lean":
         del enums["TensorFormat"]
     for name, members in enums.items():
         make_enum: Any = enum.Enum
         setattr(module, name, make_enum(name, members, start=library.version[0]))  # numbers differ between versions
-    vars(module).update(__version__=version, ILogger=Logger, Runtime=lambda logger: Runtime(library, logger))
+    vars(module).update(
+        __version__=version,
+        ILogger=Logger,
+        IOutputAllocator=OutputAllocator,
+        Runtime=lambda logger: Runtime(library, logger),
+    )
     return module
 
 
@@ -179,6 +194,19 @@ class Logger:
     """The native base class of loggers."""
 
     def log(self, severity: Severity, message: str) -> None:
+        raise NotImplementedError
+
+
+class OutputAllocator:
+    """The native base class of what hands out memory for outputs; TensorRT 10 and newer call the second."""
+
+    def reallocate_output(self, tensor_name: str, memory: int, size: int, alignment: int) -> int:
+        raise NotImplementedError
+
+    def reallocate_output_async(self, tensor_name: str, memory: int, size: int, alignment: int, stream: int) -> int:
+        raise NotImplementedError
+
+    def notify_shape(self, tensor_name: str, shape: tuple[int, ...]) -> None:
         raise NotImplementedError
 
 
@@ -287,7 +315,9 @@ class Engine:
     def get_tensor_format(self, name: str) -> Any:
         if self.library.flavour == "lean":
             raise TypeError("Unable to convert function return value to a Python type!")
-        return self.library.module.TensorFormat.LINEAR
+        match = re.search(r"\(k(\w+)\)", self.tensors[name].format)
+        assert match is not None
+        return self.library.module.TensorFormat[match[1]]
 
     def get_tensor_format_desc(self, name: str) -> str:
         return self.tensors[name].format
@@ -325,6 +355,7 @@ class ExecutionContext:
         self._runtime = engine.library.runtime
         self._addresses: dict[str, int] = {}
         self._shapes = {name: engine.get_tensor_shape(name) for name in engine.inputs}
+        self._allocators: dict[str, OutputAllocator] = {}
         self._enqueued: dict[str, tuple[int, ...]] | None = None  # the shapes that were enqueued last
         self._stream = 0
         self._ready: Callable[[], bool] = lambda: False
@@ -359,7 +390,8 @@ class ExecutionContext:
         self._wait_for_profile()
         tensor, shape = self._engine.inputs[name], tuple(shape)
         fixed = [dim for dim in tensor.shape if isinstance(dim, int)]
-        low, _, high = tensor.profiles[0] if tensor.profiles else (fixed, fixed, fixed)
+        low, _, high = tensor.profiles[max(0, self.profile)] if tensor.profiles else (fixed, fixed, fixed)
+        self._runtime.calls["set_input_shape"] += 1
         if len(shape) != len(low) or not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
             self._library.error(
                 f"IExecutionContext::setInputShape: Error Code 3: API Usage Error (Supplied binding dimension {shape} "
@@ -373,8 +405,36 @@ class ExecutionContext:
         self._wait_for_profile()
         if name in self._shapes:
             return self._shapes[name]
-        batch = next(iter(self._shapes.values()))[0]
-        return tuple(_size(dim, batch) for dim in self._engine.outputs[name].shape)
+        return tuple(self._size(dim) for dim in self._engine.outputs[name].shape)
+
+    def _size(self, dim: int | str) -> int:
+        if isinstance(dim, int):
+            return dim
+        if dim == "?":
+            return -1
+        name, dot, axis = dim.partition(".")
+        if dot:
+            return self._shapes[name][int(axis)]
+        return self._batch() * int(dim.removesuffix(BATCH) or 1)
+
+    def _batch(self) -> int:
+        """The first axis of the first input that has it open, else of the first that has one."""
+        inputs = [tensor for tensor in self._engine.inputs.values() if tensor.shape]
+        leads = [tensor for tensor in inputs if tensor.shape[0] == -1] or inputs
+        return self._shapes[leads[0].name][0] if leads else 1
+
+    def set_output_allocator(self, name: str, output_allocator: OutputAllocator) -> bool:
+        self._allocators[name] = output_allocator
+        return True
+
+    def get_max_output_size(self, name: str) -> int:
+        """An upper bound that takes "?" for the largest axis of any input."""
+        if any(size < 0 for shape in self._shapes.values() for size in shape):
+            return -1
+        most = max(size for shape in self._shapes.values() for size in shape)
+        tensor = self._engine.outputs[name]
+        sizes = [most if size < 0 else size for size in self.get_tensor_shape(name)]
+        return math.prod(sizes) * np.dtype(_DTYPES[tensor.dtype]).itemsize
 
     def execute_async_v3(self, stream: int) -> bool:
         self._wait_for_profile()
@@ -383,21 +443,54 @@ class ExecutionContext:
         if stream != self._stream:
             runtime.misuses.append("a context on two streams")
         shapes = {name: self.get_tensor_shape(name) for name in engine.tensors}
-        batch = next(iter(self._shapes.values()))[0]
-        if self.profile < 0:
-            return self._refuse("Error Code 2: Internal Error (Assertion mOptimizationProfile >= 0 failed. )")
-        if batch in engine.body.get("refused", []) or runtime.last_error:  # whoever's it was
-            return self._refuse(f"Error Code 1: Cuda Runtime ({runtime.last_error}, no kernel for a batch of {batch})")
-        if self._addresses.keys() != engine.tensors.keys():
-            return self._refuse("Error Code 3: API Usage Error (a tensor has no address)")
-        if any(size < 0 for shape in shapes.values() for size in shape):
-            return self._refuse("Error Code 3: API Usage Error (an input has no shape)")
-        if on.capture is not None and (engine.body.get("uncapturable") or self._enqueued != shapes):
+        batch = self._batch()
+        told = {name for name in engine.outputs if any(size < 0 for size in shapes[name])}
+        if wrong := self._misses(shapes, told, batch):
+            return self._refuse(wrong)
+        if on.capture is not None and (told or engine.body.get("uncapturable") or self._enqueued != shapes):
             runtime.cudaStreamSynchronize(stream)
             return self._refuse("Error Code 1: Cuda Runtime (operation not permitted when stream is capturing)")
         self._enqueued = shapes
         runtime.calls["execute_async_v3"] += 1
         addresses = dict(self._addresses)  # a graph keeps them
+        if told:
+            return self._run_told(on, addresses, shapes, told)
+        on.enqueue(lambda: engine_run(engine, addresses, shapes))
+        return True
+
+    def _misses(self, shapes: Mapping[str, tuple[int, ...]], told: set[str], batch: int) -> str:
+        """Why a batch is not taken; "" if it is."""
+        engine, error = self._engine, self._runtime.last_error
+        if self.profile < 0:
+            return "Error Code 2: Internal Error (Assertion mOptimizationProfile >= 0 failed. )"
+        if batch in engine.body.get("refused", []) or error:  # whoever's it was
+            return f"Error Code 1: Cuda Runtime ({error}, no kernel for a batch of {batch})"
+        if self._addresses.keys() != engine.tensors.keys():
+            return "Error Code 3: API Usage Error (a tensor has no address)"
+        if any(size < 0 for name, shape in shapes.items() if name not in told for size in shape):
+            return "Error Code 3: API Usage Error (an input has no shape)"
+        if told - self._allocators.keys():
+            return "Error Code 3: API Usage Error (an output has no allocator)"
+        return ""
+
+    def _run_told(self, on: Any, addresses: dict[str, int], shapes: dict[str, tuple[int, ...]], told: set[str]) -> bool:
+        """Run while the caller waits, and ask for memory when it is known how much."""
+        engine = self._engine
+        on.wait(on.put)
+        answers = FUNCTIONS[engine.body["function"]](
+            {name: _array(engine, name, addresses[name], shapes[name]) for name in engine.inputs}
+        )
+        for name in told:
+            dtype = np.dtype(_DTYPES[engine.tensors[name].dtype])
+            size, allocator = answers[name].size * dtype.itemsize, self._allocators[name]
+            if self._library.version[0] >= 10:
+                address = allocator.reallocate_output_async(name, addresses[name], size, ALIGNMENT, self._stream)
+            else:
+                address = allocator.reallocate_output(name, addresses[name], size, ALIGNMENT)
+            if not address:
+                return self._refuse(f"Error Code 2: OutOfMemory (no memory of {size} bytes for {name})")
+            addresses[name], shapes[name] = address, answers[name].shape
+            allocator.notify_shape(name, answers[name].shape)
         on.enqueue(lambda: engine_run(engine, addresses, shapes))
         return True
 
@@ -418,27 +511,36 @@ class CapturableContext(ExecutionContext):
         return not self._engine.body.get("uncapturable")
 
 
+def _array(engine: Engine, name: str, address: int, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A tensor in the device's memory, in the shape that it has there."""
+    tensor = engine.tensors[name]
+    dtype, shape = np.dtype(_DTYPES[tensor.dtype]), _in_memory(tensor, shape)
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.empty(shape, dtype)
+    return engine.library.runtime.memory(address, size).view(dtype).reshape(shape)
+
+
+def _in_memory(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of ``(N, C, H, W)`` in a format, as TensorRT's header describes it."""
+    match = re.search(r"\(k(CHW|HWC)(\d*)\)", tensor.format)
+    if match is None:
+        return shape
+    batch, channels, *others = shape
+    together = int(match[2] or 1)
+    groups = math.ceil(channels / together)
+    if match[1] == "HWC":
+        return batch, *others, groups * together
+    return batch, groups, *others, together
+
+
 def engine_run(engine: Engine, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """The engine's work on the device."""
-
-    def array(name: str) -> npt.NDArray[Any]:
-        dtype = np.dtype(_DTYPES[engine.tensors[name].dtype])
-        size = math.prod(shapes[name]) * dtype.itemsize
-        return engine.library.runtime.memory(addresses[name], size).view(dtype).reshape(shapes[name])
-
-    given = {name: array(name) for name in engine.inputs}
+    given = {name: _array(engine, name, addresses[name], shapes[name]) for name in engine.inputs}
     if engine.body.get("faults") and any((items == FAULT).any() for items in given.values()):
         raise DeviceFault
     for name, answer in FUNCTIONS[engine.body["function"]](given).items():
-        array(name)[...] = answer
-
-
-def _size(dim: int | str, batch: int) -> int:
-    if isinstance(dim, int):
-        return dim
-    if dim == "?":
-        return -1
-    return batch * int(dim.removesuffix(BATCH) or 1)
+        _array(engine, name, addresses[name], shapes[name])[...] = answer
 
 
 def make_packages(folder: Path, **device: Any) -> dict[str, str]:
@@ -455,6 +557,12 @@ def make_packages(folder: Path, **device: Any) -> dict[str, str]:
     replace = "import sys\nsys.modules[__name__] = "
     (bindings / "runtime.py").write_text(
         f"from tests.workers.fake_cuda import FakeRuntime\n{replace}FakeRuntime(**{device!r})\n"
+    )
+    (bindings / "driver.py").write_text(
+        "from types import SimpleNamespace\n"
+        "def cuDeviceGet(ordinal):\n    return 0, ordinal\n"
+        "def cuDeviceGetUuid(device):\n    return 0, SimpleNamespace(bytes=bytes(16))\n"
+        "cuDeviceGetUuid_v2 = cuDeviceGetUuid\n"
     )
     (folder / "tensorrt.py").write_text(
         "from tests.workers.fake_tensorrt import make_module\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -28,7 +28,7 @@ POISON: Final = 0xA5
 
 HOT: Final = {
     "cudaEventRecord", "cudaEventSynchronize", "cudaEventQuery", "cudaEventElapsedTime", "cudaMemcpyAsync",
-    "cudaMemcpyBatchAsync", "cudaGraphLaunch", "execute_async_v3",
+    "cudaMemcpyBatchAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "execute_async_v3",
 }  # fmt: skip
 """Calls that allocate nothing and wait for nothing but an event."""
 
@@ -41,7 +41,7 @@ class GpuRig:
         model: what to give `write_plan`: function, inputs and outputs.
         runtime: the device.
         flavour: which TensorRT.
-        lanes, graphs: see `EngineSettings`.
+        lanes, graphs, shapes: see `EngineSettings`.
         busy_poll: see `WorkerConfig`.
         slots, items_per_slot, max_batch: of the planes.
         chunk_bytes: of the registration.
@@ -64,6 +64,7 @@ class GpuRig:
         max_batch: int = 8,
         chunk_bytes: int = CHUNK_BYTES,
         bind: bool = True,
+        shapes: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.runtime = runtime or FakeRuntime()
@@ -76,7 +77,7 @@ class GpuRig:
         self.path = write_plan(folder / "rig.plan", *model, magic=magic, version=version, **options)
         cuda = Cuda(self.runtime)
         with installed(make_module(flavour, self.runtime)):
-            settings = EngineSettings(device="gpu", lanes=lanes, graphs=graphs)
+            settings = EngineSettings(device="gpu", lanes=lanes, graphs=graphs, shapes=dict(shapes or {}))
             self.engine = TensorrtEngine(ModelSource(str(self.path), "rig"), settings, cuda, busy_poll=busy_poll)
         layout = plan([ModelPlan(self.engine.spec, slots, items_per_slot, max_batch)])
         self._fd = create_segment(layout.segment_bytes)

@@ -12,7 +12,7 @@ import msgspec
 import onnx
 import pytest
 
-from tests.models import ADD, BAD_MODELS, MODELS, OPEN_ITEM, save
+from tests.models import ADD, BAD_MODELS, MODELS, OPEN_ITEM, parse, save
 from tests.workers import fake_bindings
 from tests.workers.fake_builder import make_package
 from trtpool.ipc.building import BuildRequest, Line
@@ -149,6 +149,21 @@ def test_float16_makes_a_smaller_plan(rtx, tmp_path):
     path = save(model, tmp_path)
     full, half = (build(path, fp16=fp16)[-1].built.plan_bytes for fp16 in (False, True))
     assert half < full - 512 * 512  # two bytes less for each weight, and some more code
+
+
+def test_height_and_width_that_are_both_called_unknown_may_differ(rtx, tmp_path):
+    """As in the models of PaddleOCR."""
+    model = parse(
+        "g (float[N,3,H,W] x) => (float[M,3,P,Q] y) { r = Relu(x) s = Add(r, x) y = Neg(s) }",
+    )
+    for value in (model.graph.input[0], model.graph.output[0]):
+        for axis in (0, 2, 3):
+            value.type.tensor_type.shape.dim[axis].dim_param = "?"
+    profile = Profile((1, 3, 32, 64), (4, 3, 64, 64), (8, 3, 96, 192))
+    (*_, last) = build(save(model, tmp_path), profiles={"x": profile})
+    assert last.refusal is None
+    assert last.built is not None
+    assert last.built.tensors[0].profile == profile
 
 
 def test_progress_reaches_the_end(rtx, tmp_path):

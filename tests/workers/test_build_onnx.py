@@ -321,7 +321,6 @@ def test_a_batch_of_one_at_most():
         (OPEN, None, (4, 5, 6), "does not fit"),
         (IMAGE, Profile((2,), (1,), (3,)), None, "does not rise"),
         (IMAGE, Profile((1,), (4,), (3,)), None, "does not rise"),
-        (GraphTensor("s", "float32", ()), None, None, "is a scalar"),
     ],
 )
 def test_profiles_that_cannot_be(tensor, given, item, text):
@@ -329,6 +328,27 @@ def test_profiles_that_cannot_be(tensor, given, item, text):
         make_profiles(
             [tensor], {tensor.name: given} if given else {}, {tensor.name: item} if item is not None else {}, 32
         )
+
+
+@pytest.mark.parametrize(("given", "item"), [({"z": same(1)}, {}), ({}, {"z": (1,)})])
+def test_bounds_of_outputs_are_no_profiles(given, item):
+    names = {*given, *item}
+    if item:
+        assert make_profiles([IMAGE], {}, item, 32, outputs=names) == make_profiles([IMAGE], {}, {}, 32)
+    else:
+        with pytest.raises(ModelError, match="--shapes names 'z'"):
+            make_profiles([IMAGE], given, {}, 32, outputs=names)
+
+
+def test_inputs_without_a_batch_axis_have_their_shapes_whole():
+    shared, scalar = GraphTensor("s", "float32", (2, None)), GraphTensor("k", "float32", ())
+    profiles = make_profiles([IDS, shared, scalar], {}, {"s": (2, (3, 5))}, 32)
+    assert profiles == {"i": Profile((1,), (16,), (32,)), "s": Profile((2, 3), (2, 5), (2, 5))}
+    with pytest.raises(ModelError, match=r"s \(2, \?\), which has no batch axis, .* --shapes s=2x128:2x128:2x128"):
+        make_profiles([IDS, shared], {}, {}, 32)
+    assert make_profiles([OPEN], {}, {"x": (1, 3, (4, 8), 8)}, 32, batched=False) == {
+        "x": Profile((1, 3, 4, 8), (1, 3, 8, 8), (1, 3, 8, 8))
+    }
 
 
 @pytest.mark.parametrize(("given", "item"), [({"z": same(1)}, {}), ({}, {"z": (1,)})])

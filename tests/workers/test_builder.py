@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 
-from tests.models import ADD, BAD_MODELS, MODELS, save
+from tests.models import ADD, BAD_MODELS, COUNTED, MODELS, SHARED, parse, save
 from tests.workers.fake_builder import make_tensorrt
 from trtpool.ipc.building import BuildRequest, Line, PlanRecord, PlanTensor
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, MissingExtra, ModelError
@@ -137,6 +137,72 @@ def test_profiles_and_workspace(trt, make: Make):
     plan = make(workspace_bytes=1 << 30, profiles={"a": Profile((1,), (2,), (4,))}, request={"max_batch": 6}).plan
     assert plan["workspace"] == 1 << 30
     assert plan["profiles"] == [{"a": [[1, 3], [2, 3], [4, 3]], "b": [[1, 3], [3, 3], [6, 3]]}]
+
+
+def test_several_profiles(trt, make: Make):
+    a = [Profile((1,), (2,), (4,)), Profile((8,), (8,), (16,))]
+    built = make(profiles={"a": a[0]}, more=({"a": a[1]},), request={"max_batch": 16})
+    b = [[1, 3], [8, 3], [16, 3]]
+    assert built.plan["profiles"] == [
+        {"a": [[1, 3], [2, 3], [4, 3]], "b": b}, {"a": [[8, 3], [8, 3], [16, 3]], "b": b},
+    ]  # fmt: skip
+    first = built.record.tensors[0]
+    assert (first.profile.max, [more.max for more in first.more]) == ((4, 3), [(16, 3)])
+
+
+IMAGES = (
+    "i (float[N,3,8,8] x, int64[N,2,2,2] k, float[N,3] v) => (float[N,3,8,8] y, float[N,3] z) { y = Neg(x) z = Neg(v) }"
+)
+
+
+@pytest.mark.parametrize(
+    ("io", "formats"),
+    [
+        ({"": "fp16"}, {}),
+        ({"": "fp16:chw16"}, {"x": ["CHW16"], "y": ["CHW16"]}),
+        ({"": "fp16", "x": "fp16:hwc8"}, {"x": ["HWC8"]}),
+        ({"": "fp16:chw2", "y": "fp32"}, {"x": ["CHW2"]}),
+    ],
+)
+def test_formats(io, formats, trt, make: Make):
+    assert make(IMAGES, io=io).plan["formats"] == formats
+
+
+@pytest.mark.parametrize(
+    ("io", "error", "text"),
+    [
+        ({"x": "fp16:hwc16"}, ConfigError, r"--io fp16:hwc16: TensorRT .* has no such format; it has chw2, .*, hwc8$"),
+        ({"v": "fp16:chw16"}, ModelError, r"--io v=fp16:chw16: its shape is \(-1, 3\), .*; choose --io v=fp16$"),
+    ],
+)
+def test_formats_that_cannot_be(io, error, text, trt, make: Make):
+    with pytest.raises(error, match=text):
+        make(IMAGES, io=io)
+
+
+def test_axes_of_which_only_the_name_is_equal_may_differ_in_size(trt, make: Make):
+    """TensorRT holds axes of one name to one size, and "?" is what Paddle calls all that are open."""
+    model = parse("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Neg(x) }")
+    for axis in (2, 3):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = "?"
+    plan = make(model, profiles={"x": Profile((1, 3, 2, 8), (1, 3, 4, 8), (2, 3, 8, 16))}).plan
+    assert plan["axes"] == {"x": ["N", "", "x_axis_2", "x_axis_3"]}
+    assert make(IMAGES).plan["axes"]["x"] == ["N", "", "", ""]
+
+
+def test_a_format_that_tensorrt_does_not_take_is_named(trt, make: Make):
+    trt.fails = "Assertion allowedFormatSet != FormatSet::kNONE failed"
+    with pytest.raises(
+        ModelError, match=r"kNONE failed; .*; leave out the format of --io x=fp16:chw4, or choose another"
+    ):
+        make(IMAGES, io={"x": "fp16:chw4"})
+
+
+def test_a_model_that_shares_an_input_and_one_without_a_batch(trt, make: Make):
+    plan = make(SHARED, request={"max_batch": 8}).plan
+    assert plan["profiles"] == [{"x": [[1, 3], [4, 3], [8, 3]]}]
+    plan = make(COUNTED, request={"no_batch": True, "shapes": {"x": ((1, 8),), "y": (8,)}}).plan
+    assert plan["profiles"] == [{"x": [[1], [8], [8]]}]
 
 
 def test_a_model_of_fixed_shapes_needs_no_profile(trt, make: Make):

@@ -301,6 +301,20 @@ def test_batched_copies_go_both_ways(fail_index):
         cuda.copy_batch([buffers.device], [buffers.address], [65], buffers.stream)
 
 
+def test_rows_are_copied_side_by_side_and_back(cuda, runtime, buffers):
+    buffers.host[:] = range(64)
+    cuda.copy_rows(buffers.address, 10, buffers.device, 4, 3, buffers.stream, to_device=True)
+    cuda.synchronize(buffers.stream)
+    assert buffers.on_device()[:13] == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23, 0]
+    cuda.copy_rows(buffers.address + 31, 10, buffers.device, 4, 3, buffers.stream, to_device=False)
+    cuda.synchronize(buffers.stream)
+    assert buffers.host[31:56].tolist() == [
+        0, 1, 2, 3, *range(35, 41), 10, 11, 12, 13, *range(45, 51), 20, 21, 22, 23, 55,
+    ]  # fmt: skip
+    with pytest.raises(CudaError, match="cudaMemcpy2DAsync"):
+        cuda.copy_rows(buffers.address, 3, buffers.device, 4, 3, buffers.stream, to_device=True)
+
+
 @pytest.mark.parametrize("options", [{"copies_batches": False}, {"driver": 12070}], ids=str)
 def test_an_old_cuda_copies_no_batches(options):
     assert not Cuda(FakeRuntime(**options)).copies_batches

@@ -24,7 +24,7 @@ from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers.cuda import Cuda
 from trtpool.workers.engine import Engine, EngineError, Rows
 from trtpool.workers.onnx_engine import OnnxEngine
-from trtpool.workers.plans import DTYPES
+from trtpool.workers.plan_describe import DTYPES
 from trtpool.workers.tensorrt_engine import TensorrtEngine
 
 POISON = 0xA5

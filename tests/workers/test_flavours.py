@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+from tests.workers.fake_cuda import FakeRuntime
+from tests.workers.fake_tensorrt import make_module
+from trtpool.ipc.building import IO_FORMATS
 from trtpool.ipc.errors import ConfigError, MissingExtra, ModelError
 from trtpool.ipc.settings import FLAVOURS
-from trtpool.workers import flavours
+from trtpool.workers import contexts, flavours
 from trtpool.workers.flavours import Flavour, load_flavour, logger, plan_version, record, take_errors
 
 TENSORRT = b"ftrt" + bytes(20) + bytes((8, 6, 0, 12))
@@ -238,6 +241,7 @@ RUNTIME = {
         "enqueue_emits_profile", "nvtx_verbosity", "error_recorder",
     ),
     "ILogger": ("Severity", "log"),
+    "IOutputAllocator": (),
     "TensorIOMode": ("INPUT", "OUTPUT"),
     "TensorLocation": ("HOST", "DEVICE"),
     "DataType": ("FLOAT", "HALF", "INT8", "UINT8", "INT32", "BOOL"),
@@ -252,7 +256,8 @@ BUILDER = {
         "num_compute_capabilities", "set_compute_capability",
     ),
     "INetworkDefinition": ("num_inputs", "num_outputs", "get_input", "get_output"),
-    "ITensor": ("name", "dtype", "shape", "is_shape_tensor"),
+    "ITensor": ("name", "dtype", "shape", "is_shape_tensor", "allowed_formats"),
+    "TensorFormat": ("LINEAR", *(word.upper() for word in IO_FORMATS)),
     "ITimingCache": ("serialize",),
     "IOptimizationProfile": ("set_shape",),
     "IProgressMonitor": ("phase_start", "step_complete", "phase_finish"),
@@ -281,6 +286,25 @@ def test_the_real_runtime_has_what_serving_uses(name):
     module = pytest.importorskip(FLAVOURS[name], exc_type=ImportError)
     assert missing(module, RUNTIME) == []
     assert {*flavours._LEVELS, "VERBOSE"} == set(module.ILogger.Severity.__members__)
+
+
+@pytest.mark.parametrize("name", ["rtx", "lean", "tensorrt"])
+def test_an_allocator_can_be_made_of_the_real_class(name):
+    check_allocator(pytest.importorskip(FLAVOURS[name], exc_type=ImportError))
+
+
+def test_an_allocator_can_be_made_of_the_fakes():
+    check_allocator(make_module("tensorrt", FakeRuntime()))
+
+
+def check_allocator(module: Any) -> None:
+    """TensorRT 10 and newer call `reallocate_output_async`, older ones the other."""
+    allocator = contexts._make_allocator(module, 4096, 64)
+    assert isinstance(allocator, module.IOutputAllocator)
+    assert allocator.reallocate_output("y", 4096, 64, 256) == 4096
+    assert allocator.reallocate_output_async("y", 4096, 65, 256, 1) == 0
+    allocator.notify_shape("y", (2, 3))
+    assert (allocator.refused, allocator.shape) == (65, (2, 3))
 
 
 def test_the_real_builder_has_what_building_uses():

@@ -22,7 +22,7 @@ from trtpool.ipc.layout import Layout, ModelPlan, plan
 from trtpool.ipc.lifeline import Description, send_packet
 from trtpool.ipc.settings import PROTOCOL_VERSION, WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import Times
+from trtpool.workers.engine import EngineError, Times
 from trtpool.workers.joining import Inbox, Job, cut, join
 
 X, Y = TensorSpec("x", "float32", (3,)), TensorSpec("y", "int16", ())
@@ -238,6 +238,15 @@ def test_a_job_is_finished_with_its_last_batch():
     assert job.finish(Times(2, 30, 400, 5)) is None
     before_ns = time.monotonic_ns()
     finished = job.finish(Times(3, 40, 500, 6))
-    assert finished is not None
+    assert isinstance(finished, m.Finished)
     assert before_ns <= finished.ended_ns <= time.monotonic_ns()
     assert msgspec.structs.replace(finished, ended_ns=0) == m.Finished(9, 2, 6, 90, 1200, 15, 3)
+
+
+@pytest.mark.parametrize("refused", [0, 1, 2])
+def test_a_job_of_which_a_batch_is_refused_fails_when_none_of_it_runs_any_more(refused):
+    job = Job(m.Run(9, 2, 0, [m.Rows(0, 0, 7, 13)]), LAYOUT.models[0])
+    told = [
+        job.fail(EngineError("too large")) if number == refused else job.finish(Times(1, 2, 3)) for number in range(3)
+    ]
+    assert told == [None, None, m.Failed(9, 2, "too large")]

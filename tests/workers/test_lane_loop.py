@@ -22,7 +22,7 @@ from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.pipe import Pipe
 from trtpool.ipc.settings import WorkerConfig
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
-from trtpool.workers.engine import Batch, EngineError, Planes, Shapes, Times
+from trtpool.workers.engine import Batch, BatchRefused, EngineError, Planes, Shapes, Times
 from trtpool.workers.joining import MAX_TEXT, Joined
 from trtpool.workers.lane_loop import SHORT_NS, LaneLoop
 
@@ -490,6 +490,23 @@ def test_a_batch_that_cannot_be_launched_is_failed_and_the_worker_ends(make):
     assert rig.receive() == [m.Failed(9, 3, text), m.Bye(text)]
     assert rig.end.wait() == EngineFailed.exit_code
     assert [first for _, first in engine.launched] == [1]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_a_batch_that_is_refused_fails_alone_and_the_worker_goes_on(make, lanes):
+    rig = make(lanes)
+    engine = rig.engines[0]
+    if lanes == 2:
+        rig.run(1)
+        engine.wait_launched(1)
+    engine.refuse = BatchRefused("it is too large")
+    rig.send(m.Run(9, 3, 0, [m.Rows(0, 2, 1, 1)]))
+    assert rig.receive() == [m.Failed(9, 3, "it is too large")]
+    engine.refuse = None
+    rig.run(4)
+    for number, (lane, _) in zip((1, 4)[-lanes:], engine.wait_launched(lanes), strict=True):
+        engine.finish(lane)
+        assert rig.receive() == [finished(number)]
 
 
 def test_a_waiting_batch_that_cannot_be_launched_is_failed_and_what_ended_is_told(make):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,10 +16,10 @@ from hypothesis import strategies as st
 from tests.workers.fake_cuda import TICK_NS, FakeRuntime
 from tests.workers.fake_device import NET_S, Event, cudaError_t
 from tests.workers.fake_tensorrt import FAULT, Tensor, batched, neg
-from tests.workers.gpu_rig import HOT, GpuRig, batch_of
+from tests.workers.gpu_rig import HOT, POISON, GpuRig, batch_of
 from trtpool.ipc.errors import DeviceUnavailable
-from trtpool.workers import lanes
-from trtpool.workers.engine import EngineError, Rows
+from trtpool.workers import copies, forms, lanes
+from trtpool.workers.engine import BatchRefused, EngineError, Rows
 
 SUM = (
     "sum",
@@ -49,7 +51,7 @@ def test_copies_are_from_and_to_the_rows_of_the_planes(batch, copies_batches, tm
         copies_out = [(copy.host, copy.size) for copy in runtime.copies if not copy.to_device]
         assert copies_in == rig.addresses(spec.inputs, batch)
         assert copies_out == rig.addresses(spec.outputs, batch)
-        many = copies_batches and 2 * len(batch) >= lanes.BATCH_COPIES
+        many = copies_batches and 2 * len(batch) >= copies.BATCH_COPIES
         assert {copy.batched for copy in runtime.copies} == {many}
         assert runtime.calls["cudaMemcpyBatchAsync"] == 2 * many
 
@@ -413,8 +415,8 @@ def calls_of_bind(folder: Path) -> list[tuple[str, int]]:
         before = rig.runtime.calls.copy()
         rig.bind()
         made = rig.runtime.calls - before
-    # The fake's stream would go on capturing, graphs are destroyed come what may, and the last is TensorRT's.
-    for name in ("cudaStreamEndCapture", "cudaGraphDestroy", "execute_async_v3"):
+    # The fake's stream would go on capturing, graphs are destroyed come what may, and the last two are TensorRT's.
+    for name in ("cudaStreamEndCapture", "cudaGraphDestroy", "execute_async_v3", "set_input_shape"):
         assert made.pop(name)
     return [(name, nth) for name, times in sorted(made.items()) for nth in range(1, times + 1)]
 
@@ -475,3 +477,279 @@ def test_close_waits_for_a_stream_that_works_by_itself(tmp_path):
         runtime.go()
         closing.join(NET_S)
         rig.check(batch_of(8))
+
+
+# --- Items that differ in shape ------------------------------------------------------------------
+
+VARYING = (
+    "varying",
+    [Tensor("x", (-1, 2, -1), [[(1, 2, 1), (4, 2, 3), (16, 2, 5)]])],
+    [Tensor("y", ("N", 2, "x.2")), Tensor("s", ("N", "x.2")), Tensor("m", ("N", 1))],
+)
+"""Items of 8 to 40 bytes in, and 8 to 40, 4 to 20 and 4 out."""
+
+
+@pytest.mark.parametrize("items_per_slot", [1, 3])
+def test_only_the_bytes_that_are_there_cross_the_bus(items_per_slot, tmp_path):
+    with GpuRig(tmp_path, VARYING, lanes=1, items_per_slot=items_per_slot) as rig:
+        runtime = rig.runtime
+        for size in (2, 5):
+            for batch in ([Rows(3, -(-4 // items_per_slot), 4)], [Rows(9, 1, 1), Rows(2, 2, 2 * items_per_slot)]):
+                runtime.copies.clear()
+                rig.engine.run(batch, ((2, size),))
+                items = sum(rows.items for rows in batch)
+                into, out = (
+                    sum(copy.size for copy in runtime.copies if copy.to_device == direction)
+                    for direction in (True, False)
+                )
+                assert (into, out) == (items * 8 * size, items * (12 * size + 4))
+
+
+def test_adjacent_slots_of_small_items_are_one_copy_for_each_tensor(tmp_path):
+    with GpuRig(tmp_path, VARYING, lanes=1) as rig:
+        rig.engine.run([Rows(3, 6, 6)], ((2, 2),))
+        before = rig.runtime.calls.copy()
+        rig.engine.run([Rows(3, 6, 6)], ((2, 2),))
+        calls = rig.runtime.calls - before
+        # x; y and s; m fills its rows.
+        assert (calls["cudaMemcpy2DAsync"], calls["cudaMemcpyAsync"], calls["cudaMemcpyBatchAsync"]) == (3, 1, 0)
+
+
+@pytest.mark.parametrize("copies_batches", [True, False])
+def test_copies_of_small_items_do_not_cross_where_registrations_meet(copies_batches, tmp_path):
+    runtime = FakeRuntime(copies_batches=copies_batches)
+    with GpuRig(tmp_path, VARYING, runtime=runtime, lanes=1, slots=400, max_batch=16, chunk_bytes=4096) as rig:
+        x = rig.inputs["x"]
+        x[...] = rig.random.integers(-9, 9, x.shape)
+        first = 4096 // x[0].nbytes - 4
+        rig.poison()
+        rig.engine.run([Rows(first, 12, 12)], ((2, 3),))  # the fake refuses a copy that crosses
+        given = x.reshape(400, -1)[first : first + 12, :6].reshape(12, 2, 3)
+        got = rig.outputs["y"].reshape(400, -1)
+        assert (got[first : first + 12, :6].reshape(12, 2, 3) == -given).all()
+
+
+def test_rows_further_apart_than_cuda_takes_are_copied_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "MAX_PITCH", 16)
+    with GpuRig(tmp_path, VARYING, lanes=1) as rig:
+        before = rig.runtime.calls["cudaMemcpy2DAsync"]
+        rig.inputs["x"][...] = 3
+        rig.engine.run([Rows(1, 5, 5)], ((2, 2),))
+        assert rig.runtime.calls["cudaMemcpy2DAsync"] == before
+        assert (rig.outputs["y"].reshape(32, -1)[1:6, :4] == -3).all()
+
+
+def test_a_shape_is_captured_when_it_came_often(tmp_path):
+    with GpuRig(tmp_path, VARYING, lanes=1) as rig:
+        assert not rig.runtime.calls["cudaStreamBeginCapture"], "zeros are of no shape that may come"
+        for turn in range(1, lanes.OFTEN + 3):
+            before = rig.runtime.calls.copy()
+            rig.engine.run(batch_of(5), ((2, 2),))
+            calls = rig.runtime.calls - before
+            assert calls["cudaStreamBeginCapture"] == (turn == lanes.OFTEN)
+            assert calls["cudaGraphLaunch"] == (turn > lanes.OFTEN)
+        rig.engine.run(batch_of(5), ((2, 4),))
+        assert rig.lanes[0].has_graph(5, ((2, 2),))
+        assert not rig.lanes[0].has_graph(5, ((2, 4),))
+        assert not rig.lanes[0].has_graph(4, ((2, 2),))
+
+
+def test_graphs_of_shapes_are_bounded_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(lanes, "MAX_GRAPHS", 2)
+    monkeypatch.setattr(lanes, "OFTEN", 3)
+    with GpuRig(tmp_path, VARYING, lanes=1) as rig:
+        for size in (1, 2, 3):
+            for _ in range(3):
+                rig.engine.run(batch_of(2), ((2, size),))
+        assert [rig.lanes[0].has_graph(2, ((2, size),)) for size in (1, 2, 3)] == [False, True, True]
+        assert rig.runtime.left()["graphexec"] == 2
+
+
+def test_what_is_kept_of_shapes_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(forms, "MAX_FORMS", 2)
+    monkeypatch.setattr(lanes, "MAX_COUNTED", 3)
+    with GpuRig(tmp_path, VARYING, lanes=1) as rig:
+        for size in (1, 2, 3, 4, 5, 1):
+            rig.engine.run(batch_of(size), ((2, size),))
+        (lane,) = rig.lanes
+        assert [*lane._forms._kept] == [((2, 5),), ((2, 1),)]
+        assert len(lane._seen) == 3
+
+
+def test_a_shape_that_was_set_is_not_set_again(tmp_path):
+    with GpuRig(tmp_path, VARYING, lanes=1, graphs=False) as rig:
+        calls = []
+        for size, items in ((2, 3), (2, 3), (2, 4), (2, 4), (3, 4), (3, 4)):
+            rig.engine.run(batch_of(items), ((2, size),))  # what a shape's outputs are is asked once
+            before = rig.runtime.calls["set_input_shape"]
+            rig.engine.run(batch_of(items), ((2, size),))
+            calls.append(rig.runtime.calls["set_input_shape"] - before)
+        assert calls == [0] * 6
+
+
+def test_a_launch_of_a_known_shape_allocates_nothing(tmp_path):
+    with GpuRig(tmp_path, VARYING) as rig:
+        cases = [(lane, batch, size) for lane in range(3) for batch in (batch_of(4), SCATTERED) for size in (2, 5)]
+        for _ in range(lanes.OFTEN):
+            for lane, batch, size in cases:
+                rig.engine.launch(lane, batch, ((2, size),))
+                rig.engine.wait(lane)
+        left, before = rig.runtime.left(), rig.runtime.calls.copy()
+        for lane, batch, size in cases:
+            rig.engine.launch(lane, batch, ((2, size),))
+            rig.engine.wait(lane)
+        assert {*(rig.runtime.calls - before)} <= HOT
+        assert rig.runtime.left() == left
+
+
+# --- Several profiles ----------------------------------------------------------------------------
+
+
+def profiled(
+    *profiles: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
+) -> tuple[str, list[Tensor], list[Tensor]]:
+    """``y = -x`` for items ``(T,)``, with a profile for each smallest, best and largest ``(N, T)``."""
+    return "neg", [Tensor("x", (-1, -1), profiles)], [Tensor("y", ("N", "x.1"))]
+
+
+def chosen(rig: GpuRig, items: int, size: int) -> tuple[int, int]:
+    """The profile that a batch takes, and how many items are run."""
+    lane = rig.lanes[0]
+    step = lane._forms.step(lane._forms.find(((size,),)), items)
+    return step.context._raw.profile, step.items
+
+
+def test_a_batch_takes_the_profile_that_covers_it_and_is_nearest(tmp_path):
+    model = profiled(((1, 1), (1, 4), (8, 8)), ((1, 1), (8, 8), (8, 8)), ((1, 6), (8, 32), (8, 64)))
+    with GpuRig(tmp_path, model, lanes=2) as rig:
+        assert chosen(rig, 1, 4) == (0, 1)
+        assert chosen(rig, 8, 8) == (1, 8)
+        assert chosen(rig, 8, 6) == (1, 8)
+        assert chosen(rig, 8, 9) == (2, 8)
+        for size in (4, 8, 9, 64):
+            for lane in range(2):
+                for items in (1, 8):
+                    rig.inputs["x"][...] = size
+                    rig.poison()
+                    rig.engine.launch(lane, batch_of(items, 3), ((size,),))
+                    assert rig.engine.wait(lane).shapes == ((size,),)
+                    got = rig.outputs["y"].reshape(32, -1)
+                    assert (got[3 : 3 + items, :size] == -size).all()
+
+
+def test_profiles_of_other_batches_fill_up_as_little_as_can_be(tmp_path):
+    four = [[(1, 4), (4, 4), (8, 4)], [(16, 4), (32, 4), (64, 4)]]
+    model = ("neg", [Tensor("x", (-1, 4), four)], [Tensor("y", ("N", 4))])
+    with GpuRig(tmp_path, model, slots=128, max_batch=64, lanes=1) as rig:
+        lane = rig.lanes[0]
+        steps = [lane._forms.step(lane._forms.find(()), items) for items in (1, 8, 9, 16, 64)]
+        assert [(step.context._raw.profile, step.items) for step in steps] == [
+            (0, 1),
+            (0, 8),
+            (1, 16),
+            (1, 16),
+            (1, 64),
+        ]
+        for items in (1, 8, 9, 15, 16, 64, 9):
+            for first in (0, 40):
+                rig.run(batch_of(items, first))
+
+
+def test_shapes_between_the_profiles_are_refused_and_the_ranges_named(tmp_path):
+    model = profiled(((1, 1), (4, 4), (8, 8)), ((1, 16), (4, 16), (8, 32)))
+    with GpuRig(tmp_path, model, lanes=1) as rig:
+        with pytest.raises(BatchRefused, match=r"takes items of x \(1 to 8\) or x \(16 to 32\), not \(\(9,\),\)"):
+            rig.engine.run(batch_of(1), ((9,),))
+        rig.engine.run(batch_of(1), ((16,),))
+
+
+def test_lanes_have_a_context_for_each_profile_and_no_more_where_profiles_are_not_shared(tmp_path, caplog):
+    model = profiled(((1, 1), (4, 4), (8, 8)), ((1, 16), (4, 16), (8, 32)))
+    with GpuRig(tmp_path, model, lanes=2) as rig:
+        raws = [context._raw for lane in rig.lanes for context in lane._forms._contexts.values()]
+        assert [raw.profile for raw in raws] == [0, 1, 0, 1]
+        assert len({id(raw) for raw in raws}) == 4
+    with GpuRig(tmp_path, model, lanes=2, unshared="select") as rig:
+        assert rig.engine.lanes == 1
+        assert "runs on 1 lanes instead of 2" in caplog.text
+        rig.engine.run(batch_of(3), ((20,),))
+
+
+# --- Outputs that depend on the data -------------------------------------------------------------
+
+UPTO = (
+    "upto",
+    [Tensor("x", (-1, 6), [[(1, 6), (4, 6), (8, 6)]])],
+    [Tensor("y", ("N", "?")), Tensor("n", ("N", 1))],
+)
+"""The first numbers of each item, as many as the largest first one says."""
+
+
+@pytest.mark.parametrize("flavour", ["tensorrt", "lean", "rtx"])
+@pytest.mark.parametrize("room", [0, lanes.TOLD_BYTES])
+def test_a_batch_whose_answer_is_too_large_fails_alone(room, flavour, tmp_path, monkeypatch):
+    """Whether there is more memory on the device than rows need, or not."""
+    monkeypatch.setattr(lanes, "TOLD_BYTES", room)
+    with GpuRig(tmp_path, UPTO, lanes=2, flavour=flavour, shapes={"y": (3,)}) as rig:
+        x, y = rig.inputs["x"].reshape(32, 6), rig.outputs["y"].reshape(32, 3)
+        x[:, 0] = 2
+        x[4, 0] = 5
+        for _ in range(2):
+            rig.poison()
+            before = y.copy()
+            rig.engine.launch(1, batch_of(4, 8))
+            text = "needs 160 bytes for this batch, and there is room for 96" if not room else r"has shape \(8, 5\)"
+            with pytest.raises(BatchRefused, match=rf"output 'y' {text}.*--shape y=\.\.\., the largest item"):
+                rig.engine.launch(0, batch_of(8))
+            np.testing.assert_array_equal(y[:8].view(np.uint8), before[:8].view(np.uint8))
+            assert rig.engine.wait(1).shapes == ((2,),)
+            rig.engine.launch(0, batch_of(4))
+            assert rig.engine.wait(0).shapes == ((2,),)
+            np.testing.assert_array_equal(y[:4, :2], x[:4, :2])
+
+
+def test_memory_for_the_most_that_there_could_be_is_done_without_where_there_is_none(tmp_path):
+    sure = 8 * (24 + 12 + 4)  # x, y and n
+    runtime = FakeRuntime(memory_bytes=sure + 8)
+    with GpuRig(tmp_path, UPTO, lanes=1, runtime=runtime, shapes={"y": (3,)}) as rig:
+        assert sum(size for _, size in runtime._memory.values()) == sure
+        rig.inputs["x"][...] = 3
+        assert rig.engine.run(batch_of(8)).shapes == ((3,),)
+
+
+def test_an_answer_whose_shape_is_not_told_is_an_error_of_its_batch(tmp_path, monkeypatch):
+    with GpuRig(tmp_path, UPTO, lanes=1, shapes={"y": (6,)}) as rig:
+        rig.inputs["x"][...] = 3
+        (context,) = rig.lanes[0]._forms._contexts.values()
+        with monkeypatch.context() as patched:
+            patched.setattr(context._allocators["y"], "notify_shape", lambda _name, _shape: None)
+            with pytest.raises(BatchRefused, match="did not tell the shape of output 'y'"):
+                rig.engine.launch(0, batch_of(8))
+        assert rig.engine.run(batch_of(8)).shapes == ((3,),)
+
+
+def test_what_depends_on_the_data_is_never_captured(tmp_path):
+    with GpuRig(tmp_path, UPTO, lanes=1, shapes={"y": (6,)}) as rig:
+        rig.inputs["x"][...] = 3
+        for _ in range(lanes.OFTEN + 2):
+            rig.engine.run(batch_of(8))
+        assert not rig.runtime.calls["cudaStreamBeginCapture"]
+
+
+# --- Formats -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("word", ["CHW4", "CHW16", "HWC8"])
+def test_items_of_a_format_are_copied_as_they_lie(word, tmp_path):
+    form = f"Some format (k{word})"
+    image = Tensor("x", (-1, 3, -1, 2), [[(1, 3, 1, 2), (4, 3, 4, 2), (8, 3, 4, 2)]], "HALF", format=form)
+    model = ("neg", [image], [Tensor("y", ("N", 3, "x.2", 2), dtype="HALF", format=form)])
+    with GpuRig(tmp_path, model, lanes=1) as rig:
+        x, y = (planes[name].reshape(32, -1) for planes, name in ((rig.inputs, "x"), (rig.outputs, "y")))
+        for height in (4, 3):
+            shape = (1, height, 2, int(word[3:])) if word.startswith("CHW") else (height, 2, 8)
+            size = math.prod(shape)
+            rig.poison()
+            assert rig.engine.run(batch_of(5), (shape,)).shapes == (shape,)
+            assert (y[:5, :size] == -x[:5, :size]).all()
+            assert (y[:5, size:].view(np.uint8) == POISON).all()

@@ -11,7 +11,6 @@ import pytest
 
 from tests.workers.fake_cuda import FakeRuntime
 from tests.workers.fake_tensorrt import (
-    LINEAR,
     VERSIONS,
     Tensor,
     batched,
@@ -26,7 +25,8 @@ from trtpool.ipc.tensors import TensorSpec
 from trtpool.workers.cuda import Cuda
 from trtpool.workers.engine import EngineError
 from trtpool.workers.flavours import take_errors
-from trtpool.workers.plans import DTYPES, Plan
+from trtpool.workers.plan_describe import DTYPES
+from trtpool.workers.plans import Plan
 
 MAGIC = {"tensorrt": b"ftrt", "lean": b"ftrt", "rtx": b"vtrt"}
 Y = Tensor("y", ("N", 4))
@@ -76,7 +76,7 @@ def test_a_plan_is_described(flavour, version, path, runtime):
     assert (plan.spec.name, plan.spec.path) == ("a", str(path))
     assert plan.spec.inputs == (TensorSpec("x", "float32", (4,)),)
     assert plan.spec.outputs == (TensorSpec("y", "float32", (4,)),)
-    assert (plan.min_batch, plan.spec.batch_limit) == (2, 9)
+    assert (plan.spec.batch_least, plan.spec.batch_limit) == (2, 9)
     assert plan.version.endswith(version)
 
 
@@ -106,31 +106,115 @@ def test_tensors_keep_the_plans_order(path, runtime):
 def test_a_batch_of_one_may_be_fixed(path, runtime):
     write(path, [Tensor("x", (1, 4))])
     plan = load(path, runtime)
-    assert (plan.min_batch, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (1, 1, (4,))
+    assert (plan.spec.batch_least, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (1, 1, (4,))
 
 
 def test_a_fixed_batch_is_padded(path, runtime):
     write(path, [Tensor("x", (8, 4))], [Tensor("y", (8, 4))])
     plan = load(path, runtime)
-    assert (plan.min_batch, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (8, 8, (4,))
+    assert (plan.spec.batch_least, plan.spec.batch_limit, plan.spec.inputs[0].shape) == (8, 8, (4,))
 
 
 def test_a_batch_is_one_that_all_inputs_take(path, runtime):
     write(path, [batched("a", (4,), least=2, most=9), batched("b", (4,), least=1, most=6)])
     plan = load(path, runtime)
-    assert (plan.min_batch, plan.spec.batch_limit) == (2, 6)
+    assert (plan.spec.batch_least, plan.spec.batch_limit) == (2, 6)
 
 
-def test_a_fixed_batch_beside_an_open_one_is_padded(path, runtime):
-    write(path, [Tensor("a", (4, 4)), batched("b", (4,))])
+def test_inputs_without_a_batch_axis_are_shared(path, runtime):
+    inputs = [Tensor("b", (2, 4)), batched("x", (4,)), Tensor("k", ())]
+    write(path, inputs)
     plan = load(path, runtime)
-    assert (plan.min_batch, plan.spec.batch_limit) == (4, 4)
+    assert (plan.spec.batch_least, plan.spec.batch_limit) == (1, 64)
+    assert [(one.name, one.shape, one.shared) for one in plan.spec.inputs] == [
+        ("b", (2, 4), True), ("x", (4,), False), ("k", (), True),
+    ]  # fmt: skip
 
 
-def test_of_two_profiles_the_first_is_used(path, runtime):
-    profiles = [[(1, 4), (8, 4), (16, 4)], [(32, 4), (64, 4), (128, 4)]]
-    write(path, [Tensor("x", (-1, 4), profiles)])
-    assert load(path, runtime).spec.batch_limit == 16
+def test_a_plan_without_a_batch_axis_is_called_item_by_item(path, runtime):
+    write_plan(path, "whole", [Tensor("x", (2, 3))], [Tensor("y", ()), Tensor("z", (2,))])
+    spec = load(path, runtime, no_batch=("a",)).spec
+    assert (spec.batched, spec.batch_limit, spec.inputs[0].shape) == (False, 1, (2, 3))
+    assert [one.shape for one in spec.outputs] == [(), (2,)]
+
+
+@pytest.mark.parametrize("partial", ["pad", "refuse"])
+@pytest.mark.parametrize("profiles", [(), [[(8, 4)] * 3]])
+def test_partial_batches_of_the_only_size_may_be_refused(partial, profiles, path, runtime):
+    write(path, [Tensor("x", (-1 if profiles else 8, 4), profiles)], [Tensor("y", ("N", 4))])
+    spec = load(path, runtime, partial=partial).spec
+    assert (spec.batch_least, spec.batch_limit, spec.whole_slots) == (8, 8, partial == "refuse")
+
+
+def profiled(*ranges: tuple[tuple[int, int], tuple[int, int]]) -> Tensor:
+    """An input ``(N, T)`` with a profile for each range of N and T, best at the largest."""
+    return Tensor("x", (-1, -1), [[(n[0], t[0]), (n[1], t[1]), (n[1], t[1])] for n, t in ranges])
+
+
+T = Tensor("y", ("N", "x.1"))
+
+
+def test_profiles_for_other_batches_make_one_range(path, runtime):
+    write(path, [profiled(((1, 16), (4, 4)), ((32, 128), (4, 4)))], [T])
+    spec = load(path, runtime).spec
+    assert (spec.batch_least, spec.batch_limit, spec.profiles) == (1, 128, ())
+    assert spec.inputs[0].least is None
+
+
+def test_profiles_for_other_items_are_all_served_in_batches_that_each_takes(path, runtime):
+    write(path, [profiled(((1, 64), (1, 8)), ((1, 4), (16, 32)), ((1, 2), (20, 30)))], [T])
+    plan = load(path, runtime)
+    assert plan.spec.batch_limit == 4
+    assert plan.spec.inputs[0] == TensorSpec("x", "float32", (32,), (1,))
+    assert plan.spec.outputs[0] == TensorSpec("y", "float32", (32,), (0,))
+    assert plan.spec.describe_profiles() == "x (1 to 8) or x (16 to 32)"
+    assert [plan.spec.covers(((size,),)) for size in (8, 9, 15, 16, 32)] == [True, False, False, True, True]
+    assert plan.spec.largest == ((32,),)
+
+
+def test_equal_profiles_count_once(path, runtime):
+    write(path, [profiled(*[((1, 8), (1, 8))] * 3)], [T])
+    plan = load(path, runtime)
+    assert [profile.number for profile in plan.description.profiles] == [0]
+    assert plan.spec.profiles == ()
+
+
+def test_a_profile_whose_inputs_have_no_batch_in_common_is_left_out(path, runtime):
+    a, b = profiled(((1, 4), (1, 8)), ((1, 8), (1, 8))), profiled(((5, 9), (1, 8)), ((5, 9), (1, 8)))
+    write(path, [a._replace(name="a"), b._replace(name="b")], [Tensor("y", ("N", "a.1"))])
+    plan = load(path, runtime)
+    assert [(profile.number, profile.least, profile.most) for profile in plan.description.profiles] == [(1, 5, 8)]
+
+
+def test_a_range_is_that_of_the_plan_or_a_part_of_it(path, runtime):
+    write(path, [OPEN], [TOTAL])
+    assert load(path, runtime).spec.inputs[0] == TensorSpec("x", "float32", (3, 32), (3, 8))
+    given = load(path, runtime, shapes={"x": (3, (10, 20))})
+    assert given.spec.inputs[0] == TensorSpec("x", "float32", (3, 20), (3, 10))
+    assert given.description.best_shapes(given.description.profiles[0]) == ((3, 16),)
+
+
+def test_an_output_that_depends_on_the_data_needs_a_bound(path, runtime):
+    write_plan(path, "upto", [batched("x", (4,))], [Tensor("y", ("N", "?")), Tensor("n", ("N", 1))])
+    said = refusal(path, runtime)
+    assert f"output 'y' of {path} has items of ?, as the data says: give the largest, for example --shape y=100" in said
+    plan = load(path, runtime, shapes={"y": (3,)})
+    assert plan.spec.outputs == (TensorSpec("y", "float32", (3,), (0,)), TensorSpec("n", "float32", (1,)))
+    assert plan.description.told == {"y"}
+
+
+@pytest.mark.parametrize(
+    ("word", "channels", "item"),
+    [("CHW2", 3, (2, 5, 6, 2)), ("CHW4", 3, (1, 5, 6, 4)), ("CHW16", 3, (1, 5, 6, 16)), ("CHW32", 33, (2, 5, 6, 32)),
+     ("HWC", 3, (5, 6, 3)), ("HWC8", 3, (5, 6, 8)), ("HWC16", 17, (5, 6, 32))],
+)  # fmt: skip
+@pytest.mark.parametrize("flavour", ["tensorrt", "lean"])
+def test_formats_are_described_as_they_lie_in_memory(flavour, word, channels, item, path, runtime):
+    x = batched("x", (channels, 5, 6), "HALF")._replace(format=f"Some format (k{word})")
+    write(path, [x], [Tensor("y", ("N", 4))], version=[*map(int, VERSIONS[flavour].split("."))])
+    spec = load(path, runtime, flavour).spec
+    assert spec.inputs[0] == TensorSpec("x", "float16", item, format=word.lower())
+    assert str(spec.inputs[0]) == f"x float16:{word.lower()} (N, {', '.join(map(str, item))})"
 
 
 OPEN = Tensor("x", (-1, 3, -1), [[(1, 3, 8), (4, 3, 16), (8, 3, 32)]])
@@ -153,7 +237,16 @@ def test_an_item_shape_that_only_seems_open_need_not_be_given(path, runtime):
 @pytest.mark.parametrize(
     ("inputs", "outputs", "words"),
     [
-        ([Tensor("x", ())], [Y], "input 'x' of {path} is a scalar without a batch axis; add one to the model"),
+        (
+            [Tensor("x", ())],
+            [Y],
+            "(x scalars) have no first axis for the batch: build it of a model with one, or run each item as a ",
+        ),
+        (
+            [Tensor("a", (2, 4)), Tensor("b", (4, 4))],
+            [Y],
+            "(a 2x4, b 4x4) have different first axes, so none can be the batch",
+        ),
         (
             [batched("a", (4,), most=4), batched("b", (4,), least=5)],
             [Y],
@@ -165,7 +258,7 @@ def test_an_item_shape_that_only_seems_open_need_not_be_given(path, runtime):
         ([batched("x", (4,))], [Tensor("y", (1, 4))], "output 'y' of {path} has shape 1x4 in a batch of 64"),
         ([batched("x", (4,))], [Tensor("y", ())], "output 'y' of {path} has shape scalars in a batch of 1"),
         ([batched("x", (4,))], [Tensor("y", ("2N", 4))], "has shape 2x4 in a batch of 1: its first axis must be the"),
-        ([batched("x", (4,))], [Tensor("y", ("N", "?"))], "has shape 1x-1 in a batch of 1: its first axis must be the"),
+        ([batched("x", (4,))], [Tensor("y", ("?", 4))], "has shape ?x4 in a batch of 1: its first axis must be the"),
         ([batched("x", (4,))], [Tensor("y", ("N", "N"))], "has shape 64x64 in a batch of 64"),
         ([batched("x", (4,), "INT4")], [Y], "tensor 'x' of {path} has dtype INT4, which planes cannot hold; build it"),
         ([batched("x", (4,))], [Tensor("y", ("N", 4), dtype="INT4")], "tensor 'y' of {path} has dtype INT4"),
@@ -175,17 +268,16 @@ def test_an_item_shape_that_only_seems_open_need_not_be_given(path, runtime):
             "tensor 's' of {path} is read on the host (a shape tensor); make it a constant of the model",
         ),
         (
-            [batched("x", (4,))._replace(format="Channel major FP32 format (kHWC)")],
+            [batched("x", (4, 2, 2))._replace(format="Some format (kDLA_LINEAR)")],
             [Y],
-            "the format 'Channel major FP32 format (kHWC)'; build it with linear inputs and outputs",
+            "tensor 'x' of {path} has the format 'Some format (kDLA_LINEAR)', which planes cannot hold; build it with ",
         ),
-        ([batched("x", (4,))], [Y._replace(vectorized_dim=1)], f"tensor 'y' of {{path}} has the format {LINEAR!r}"),
-        ([batched("x", (0,))], [Y], "tensor 'x' of {path} is empty: its shape is Nx0; remove it"),
         (
-            [OPEN],
-            [TOTAL],
-            "input 'x' of {path} takes items from 3x8 to 3x32: give the shape, for example --shape x=3x16",
+            [Tensor("x", (-1, -1, 2, 2), [[(1, 3, 2, 2)] * 3], format="Some format (kCHW4)")],
+            [Y],
+            "has the format 'chw4', which planes cannot hold",
         ),
+        ([batched("x", (0,))], [Y], "tensor 'x' of {path} is empty: its shape is Nx0; remove it"),
     ],
 )  # fmt: skip
 def test_a_plan_that_cannot_be_served_is_refused(inputs, outputs, words, path, runtime):
@@ -200,6 +292,8 @@ def test_a_plan_that_cannot_be_served_is_refused(inputs, outputs, words, path, r
         ({"x": (3, 7)}, "--shape x=3x7 does not fit"),
         ({"x": (4, 16)}, "--shape x=4x16 does not fit"),
         ({"x": (16,)}, "--shape x=16 does not fit"),
+        ({"x": (3, (8, 33))}, "--shape x=3x8..33 does not fit {path}, which was built for items from 3x8 to 3x32"),
+        ({"y": (2,)}, "--shape y=2 does not fit {path}, whose output has items of scalars"),
         ({"x": (3, 16), "z": (1,)}, "--shape z: {path} has no such input; it has x"),
     ],
 )
@@ -321,26 +415,41 @@ def stream(runtime):
 def test_a_context_says_what_it_refuses(path, runtime, stream):
     write_plan(path, *neg(2, 8))
     context = load(path, runtime).new_context(stream)
-    with pytest.raises(EngineError, match="exceed min ~ max range"):
-        context.set_items(9)
-    with pytest.raises(EngineError, match="exceed min ~ max range"):
-        context.set_items(9)  # it was not taken for set
+    for _ in range(2):  # it was not taken for set
+        with pytest.raises(EngineError, match="exceed min ~ max range"):
+            context.set_shapes({"x": (9, 4)})
     with pytest.raises(EngineError, match="cannot be at 8"):
         context.bind("x", 8)
     with pytest.raises(EngineError, match="a tensor has no address"):
-        context.enqueue(8, int(stream))
+        context.enqueue({"x": (8, 4)}, int(stream))
     assert context.shape("y") == (8, 4)
 
 
 def test_a_batch_that_one_input_refuses_is_set_for_none(path, runtime, stream):
     write_plan(path, "sum", [batched("a", (), most=8), batched("b", (), most=8)], [Tensor("sum", ["N"])])
     context = load(path, runtime).new_context(stream)
-    context.set_items(8)
+    eight = {"a": (8,), "b": (8,)}
+    context.set_shapes(eight)
     context._raw._engine.inputs["a"] = batched("a", (), most=16)
     with pytest.raises(EngineError):
-        context.set_items(9)
-    context.set_items(8)
+        context.set_shapes({"a": (9,), "b": (9,)})
+    context.set_shapes(eight)
     assert context.shape("sum") == (8,)
+
+
+def test_a_shape_is_set_when_it_changed_and_only_then(path, runtime, stream):
+    write_plan(path, "sum", [batched("a", ()), batched("b", ())], [Tensor("sum", ["N"])])
+    context = load(path, runtime).new_context(stream)
+    before = runtime.calls["set_input_shape"]
+    for shapes, calls in (
+        ({"a": (8,), "b": (8,)}, 2),
+        ({"a": (8,), "b": (8,)}, 0),
+        ({"a": (8,), "b": (7,)}, 1),
+        ({"a": (9,), "b": (9,)}, 2),
+    ):
+        context.set_shapes(shapes)
+        assert runtime.calls["set_input_shape"] - before == calls
+        before += calls
 
 
 @pytest.mark.parametrize("where", ["select", "enqueue"])
@@ -349,7 +458,7 @@ def test_a_second_context_on_a_profile_that_is_not_shared(where, path, runtime, 
     plan = load(path, runtime, version="8.6.0.12")
     first = plan.new_context(stream)
     with pytest.raises(EngineError, match=r"has been chosen for another|mOptimizationProfile >= 0"):
-        plan.new_context(stream).enqueue(1, int(stream))
+        plan.new_context(stream).enqueue({"x": (1, 4)}, int(stream))
     first.close()
     assert plan.new_context(stream).shape("y")[1:] == (4,)
 

@@ -15,15 +15,15 @@ import pytest
 
 from tests.models import ADD, BAD_MODELS, MODELS, SHARED, VARYING, save
 from tests.workers.fake_cuda import MAPPED, FakeRuntime
-from tests.workers.fake_tensorrt import VERSIONS, installed, make_module, make_packages, neg, write_plan
+from tests.workers.fake_tensorrt import VERSIONS, Tensor, installed, make_module, make_packages, neg, write_plan
 from trtpool.ipc.arena import create_segment
 from trtpool.ipc.errors import ConfigError, DeviceUnavailable, ModelError
 from trtpool.ipc.profiling import BatchFigures, Measured, Phases, ProfileLine, ProfileRequest, Spread, spread
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
 from trtpool.workers import profile_gpu, profile_planes
+from trtpool.workers.contexts import Context
 from trtpool.workers.cuda import Cuda
-from trtpool.workers.plans import Context
 from trtpool.workers.profile import answer
 from trtpool.workers.profile_planes import LEAST_RUNS, MOST_RUNS, WARM_UP_RUNS, Sample, in_series
 
@@ -179,14 +179,25 @@ def test_each_way_is_measured_and_nothing_is_left_on_the_gpu(tmp_path):
     assert runtime.calls["execute_async_v3"] > LEAST_RUNS * 2 * 4  # without graphs, two sizes on four ways
 
 
+def test_items_that_differ_are_measured_at_their_largest(tmp_path):
+    runtime = FakeRuntime()
+    x = Tensor("x", (-1, -1), [[(1, 1), (4, 2), (8, 4)], [(1, 6), (4, 6), (8, 9)]])
+    path = write_plan(tmp_path / "m.plan", "neg", [x], [Tensor("y", ("N", "x.1"))], version=version())
+    with installed(make_module("tensorrt", runtime)):
+        found = profile_gpu.measure(request(path, device="gpu"), lambda _: None, Cuda(runtime))
+    runtime.check()
+    assert all(figures.graph and figures.in_place is None for figures in found.batches)
+    assert [figures.in_bytes for figures in found.batches] == [36, 144]
+
+
 def test_an_engine_reads_its_inputs_in_place(tmp_path, monkeypatch):
     runtime = FakeRuntime()
     bound: list[bool] = []
     real = Context.enqueue
 
-    def watched(context: Any, items: int, stream: int) -> None:
+    def watched(context: Any, shapes: Any, stream: int) -> None:
         bound.append(context._raw._addresses["x"] >= MAPPED)
-        real(context, items, stream)
+        real(context, shapes, stream)
 
     monkeypatch.setattr(Context, "enqueue", watched)
     found = on_fake(tmp_path, runtime)
