@@ -16,9 +16,13 @@ PACKAGES = (
 )
 
 
-def require_models() -> None:
-    """Skip the module that calls this where a package is not installed, or fail it where they were promised."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+def require_models(*packages: str) -> None:
+    """Skip the module that calls this where a package is not installed, or fail it where they were promised.
+
+    Args:
+        packages: those that it needs, of `PACKAGES`; by default all.
+    """
+    missing = [name for name in packages or PACKAGES if importlib.util.find_spec(name) is None]
     if not missing:
         return
     reason = f"not installed: {', '.join(missing)}; run: scripts/setup cpu demo models etl"
