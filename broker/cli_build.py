@@ -180,6 +180,11 @@ _OPTIONS: Final = (
         metavar="SIZE",
         help="Most scratch memory for a layer, such as 4GiB [default: TensorRT's].",
     ),
+    click.option(
+        "--optimization-level",
+        type=click.IntRange(0, 5),
+        help="How long to look for faster kernels: 0 builds soonest, 5 longest [default: TensorRT's, 3].",
+    ),
 )
 
 
@@ -194,6 +199,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
         normalize: dict[str, Normalization],
         profiles: list[dict[str, Profile]],
         workspace_bytes: int,
+        optimization_level: int | None,
         **others: Any,
     ) -> Any:
         settings = BuildSettings(
@@ -203,6 +209,7 @@ def build_options(command: Callable[..., Any]) -> Callable[..., Any]:
             profiles=profiles[0],
             more=tuple(profiles[1:]),
             workspace_bytes=workspace_bytes,
+            optimization_level=-1 if optimization_level is None else optimization_level,
         )
         return command(*arguments, build=settings, **others)
 
@@ -269,6 +276,7 @@ def build(
         for option, given in (
             ("--shapes", build.profiles),
             ("--workspace", build.workspace_bytes),
+            ("--optimization-level", build.optimization_level >= 0),
             ("--flavour", flavour),
             ("--compute-capability", compute_capability),
             ("--gpu", gpu),

@@ -111,6 +111,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         profiles: shapes by input name; by default the model's own, with batches of 1 to `DEFAULT_BUILD_BATCH`.
         more: further optimization profiles; inputs that are not in one have there what `profiles` says.
         workspace_bytes: the most scratch memory a layer may take; 0: TensorRT's own limit.
+        optimization_level: how long TensorRT looks for faster kernels, 0 to 5; -1: its own default.
         compute_capability: target GPU, such as "8.9", of a build with no GPU ("rtx" only); empty: the GPU in use.
     """
 
@@ -120,6 +121,7 @@ class BuildSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     profiles: dict[str, Profile] = {}
     more: tuple[dict[str, Profile], ...] = ()
     workspace_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**50)] = 0
+    optimization_level: Annotated[int, msgspec.Meta(ge=-1, le=5)] = -1
     compute_capability: Annotated[str, msgspec.Meta(pattern=r"^(|[0-9]{1,2}\.[0-9])\Z")] = ""
 
 

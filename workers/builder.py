@@ -286,6 +286,10 @@ class _Network:
         trt, config = self._trt, self._builder.create_builder_config()
         if request.build.workspace_bytes:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.build.workspace_bytes)
+        if request.build.optimization_level >= 0:
+            if not hasattr(config, "builder_optimization_level"):
+                raise ConfigError(f"{self._flavour} has no --optimization-level; leave it out")
+            config.builder_optimization_level = request.build.optimization_level
         if self._fp16:
             config.set_flag(trt.BuilderFlag.FP16)
         # Every lane has an execution context of its own, on one profile.

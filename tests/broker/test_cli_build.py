@@ -72,7 +72,8 @@ def test_defaults(run, built, tmp_path, capsys):
 def test_all_options(run, built, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     words = ["--fp16", "--io=uint8", "--io", "logits=float16", "--shapes=a=1:2:4", "--shapes", "b=2x3", "--flavour=rtx",
-             "--workspace=1.5GiB", "--compute-capability=12.0", "--gpu=1", "-o", "there/x.plan"]  # fmt: skip
+             "--workspace=1.5GiB", "--optimization-level=0", "--compute-capability=12.0", "--gpu=1",
+             "-o", "there/x.plan"]  # fmt: skip
     assert run("det.onnx", *words) == 0
     ((request, env),) = built
     assert request.build == BuildSettings(
@@ -80,6 +81,7 @@ def test_all_options(run, built, tmp_path, monkeypatch):
         io={"": "uint8", "logits": "fp16"},
         profiles={"a": Profile((1,), (2,), (4,)), "b": Profile((2, 3), (2, 3), (2, 3))},
         workspace_bytes=3 << 29,
+        optimization_level=0,
         compute_capability="12.0",
     )
     assert (request.flavour, request.output) == ("rtx", str(tmp_path / "there" / "x.plan"))
@@ -141,7 +143,15 @@ def test_an_output_that_ends_in_onnx_is_the_changed_model(run, built, capsys):
 
 
 @pytest.mark.parametrize(
-    "word", ["--shapes=x=1", "--workspace=1GiB", "--flavour=rtx", "--compute-capability=8.9", "--gpu=0"]
+    "word",
+    [
+        "--shapes=x=1",
+        "--workspace=1GiB",
+        "--optimization-level=0",
+        "--flavour=rtx",
+        "--compute-capability=8.9",
+        "--gpu=0",
+    ],
 )
 def test_what_is_for_plans_is_refused_for_onnx_files(word, run, built, capsys):
     assert run("det.onnx", "-o", "new.onnx", "--normalize=unit", word) == errors.ConfigError.exit_code
@@ -162,6 +172,7 @@ def test_sizes(text, count, run, built):
     [
         "--io=bf16", "--io=fp16:", "--io=x=fp16:nchw", "--io=x=", "--io=x=fp64",
         "--shapes=1x3:2x3:4x3", "--shapes=x=1:2", "--shapes=x=1x2:2:4",
+        "--optimization-level=6", "--optimization-level=-1",
         "--shapes=x=", "--shapes=x=0", "--shapes=x=1xa", "--shapes=x=1x2,3", "--workspace=0", "--workspace=4QB",
         "--workspace=-1", "--workspace=9999999TiB", "--compute-capability=89", "--compute-capability=sm89",
         "--flavour=lean", "--normalize=x", "--normalize=x=mean=", "--normalize=mean=1,mean=2",
@@ -207,10 +218,13 @@ def test_a_pool_takes_the_same_options(monkeypatch, run, built, tmp_path):
         return 0
 
     monkeypatch.setattr(supervisor, "run", start)
-    words = ["--gpus=0", "--fp16", "--io=x=uint8", "--shapes=x=1:2:4", "--workspace=1GiB", f"--run-dir={tmp_path}"]
+    words = ["--gpus=0", "--fp16", "--io=x=uint8", "--shapes=x=1:2:4", "--workspace=1GiB",
+             "--optimization-level=5", f"--run-dir={tmp_path}"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["trtpool", "start", "det.onnx", *words])
     with pytest.raises(SystemExit) as raised:
         cli.main()
     assert raised.value.code == 0
     profiles = {"x": Profile((1,), (2,), (4,))}
-    assert started[0].build == BuildSettings(fp16=True, io={"x": "uint8"}, profiles=profiles, workspace_bytes=1 << 30)
+    assert started[0].build == BuildSettings(
+        fp16=True, io={"x": "uint8"}, profiles=profiles, workspace_bytes=1 << 30, optimization_level=5
+    )

@@ -105,6 +105,7 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
         items-per-slot = 2
         fp16 = true
         workspace = "4GiB"
+        optimization-level = 1
         io = "fp16"
         no-batch = ["det"]
         partial-batches = "refuse"
@@ -138,11 +139,12 @@ def test_a_file_can_say_all_that_the_command_line_can(start, tmp_path, monkeypat
         normalize={"det:x": Normalization(mean=(0.5,), std=(0.25,))},
         profiles=profiles,
         workspace_bytes=4 << 30,
+        optimization_level=1,
     )
     # The rest are for the CPU; were there an option that this test forgot, it would not be said here.
     said = set(config_file.options_of(cli.start)) - {"workers", "threads"}
     inside = {"shape", "slots", "max-batch", "max-delay-us", "weight"}  # in the test before
-    assert len(said - inside) == 31
+    assert len(said - inside) == 32
 
 
 def test_a_file_for_the_cpu(start):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import numpy.typing as npt
 import pytest
 
 from tests.gpu.harness import RecordingRuntime
+from tests.gpu.zoo import Zoo
 from tests.models import FIXED_BATCH, SHARED, VARYING, save
-from tests.system.rig import CLI
 from trtpool.ipc.arena import create_segment, map_segment
-from trtpool.ipc.errors import MissingExtra
 from trtpool.ipc.layout import ModelPlan, plan, plane_array
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.ipc.tensors import TensorSpec
@@ -110,20 +108,9 @@ class Bench:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Path]:
-    """Builds a model with options of `trtpool build`."""
-
-    def build(model: str, *options: str) -> Path:
-        source = save(model, tmp_path)
-        built = subprocess.run(
-            [*CLI, "build", source, "-o", tmp_path / "m.plan", *options], capture_output=True, text=True, check=False
-        )
-        if built.returncode == MissingExtra.exit_code:
-            pytest.skip(f"no plan can be built: {built.stderr}")
-        assert built.returncode == 0, built.stderr
-        return tmp_path / "m.plan"
-
-    return build
+def build(zoo: Zoo, tmp_path: Path) -> Callable[..., Path]:
+    """Builds a model with options of `trtpool build`, as soon as may be."""
+    return lambda model, *options: zoo.built(save(model, tmp_path), "--optimization-level=0", *options)
 
 
 def whole(rng: np.random.Generator, *shape: int) -> Array:

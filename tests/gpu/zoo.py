@@ -9,6 +9,7 @@ allowed: then a mix-up shows.  ``$TRTPOOL_TEST_SEED`` repeats a run; each test p
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import lzma
 import os
@@ -255,12 +256,21 @@ class Zoo:
             with lzma.open(packed) as source, path.open("wb") as target:
                 shutil.copyfileobj(source, target)
             return path
-        source_path, kind = self.onnx(KINDS[name].source), KINDS[name]
-        command: list[str | os.PathLike[str]] = [*CLI, "build", source_path, "-o", path, *kind.build]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
-        if built.returncode == MissingExtra.exit_code:
-            pytest.skip(f"{given} is not there, and cannot be built: {built.stderr}")
-        assert built.returncode == 0, f"{built.stdout}\n{built.stderr}"
+        return self.built(self.onnx(KINDS[name].source), *KINDS[name].build)
+
+    def built(self, source: Path, *options: str) -> Path:
+        """The plan of an ONNX file with options of `trtpool build`; skips where none can be built.
+
+        Built when it is first asked for, it is kept with what `$TRTPOOL_ENGINES` has, for the next run too.
+        """
+        digest = hashlib.sha256(b"\0".join([source.read_bytes(), *map(str.encode, options)])).hexdigest()
+        path = self._given / f"built-{source.stem}-{digest[:16]}.plan"
+        if not path.exists():
+            command: list[str | os.PathLike[str]] = [*CLI, "build", source, "-o", path, *options]
+            made = subprocess.run(command, capture_output=True, text=True, check=False)
+            if made.returncode == MissingExtra.exit_code:
+                pytest.skip(f"{source.name} has no plan, and none can be built: {made.stderr}")
+            assert made.returncode == 0, f"{made.stdout}\n{made.stderr}"
         return path
 
     def _answer(self, kind: Kind) -> tuple[Array, Array]:

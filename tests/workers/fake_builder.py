@@ -115,12 +115,19 @@ def make_tensorrt(version: str) -> Any:
         trt.IProgressMonitor = IProgressMonitor
 
     class Config:
-        __slots__ = ("asked", "cache", "sources", *(("progress_monitor",) if major >= 10 else ()))
+        __slots__ = (
+            "asked",
+            "builder_optimization_level",
+            "cache",
+            "sources",
+            *(("progress_monitor",) if major >= 10 else ()),
+        )
 
         def __init__(self) -> None:
             self.asked: dict[str, Any] = {"flags": [], "preview": [], "workspace": 0, "profiles": []}
             self.sources = sum(1 << int(source) for source in trt.TacticSource)
             self.cache: TimingCache | None = None
+            self.builder_optimization_level = 3
             if major >= 10:
                 self.progress_monitor = None
 
@@ -194,7 +201,8 @@ def make_tensorrt(version: str) -> Any:
             }
             axes = {tensor.name: tensor.axes for tensor in network.inputs}
             made = {"axes": axes, "network": flags, "sources": sources, "inputs": inputs, "formats": formats}
-            return json.dumps({**made, **config.asked}).encode()
+            level = config.builder_optimization_level
+            return json.dumps({**made, "level": level, **config.asked}).encode()
 
     class OnnxParser:
         def __init__(self, network: Network, logger: Any) -> None:

@@ -139,6 +139,11 @@ def test_profiles_and_workspace(trt, make: Make):
     assert plan["profiles"] == [{"a": [[1, 3], [2, 3], [4, 3]], "b": [[1, 3], [3, 3], [6, 3]]}]
 
 
+@pytest.mark.parametrize(("asked", "level"), [({}, 3), ({"optimization_level": 0}, 0), ({"optimization_level": 5}, 5)])
+def test_how_long_to_look_for_kernels(asked, level, trt, make: Make):
+    assert make(**asked).plan["level"] == level
+
+
 def test_several_profiles(trt, make: Make):
     a = [Profile((1,), (2,), (4,)), Profile((8,), (8,), (16,))]
     built = make(profiles={"a": a[0]}, more=({"a": a[1]},), request={"max_batch": 16})
