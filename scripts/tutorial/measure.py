@@ -1,6 +1,9 @@
 """Run all steps of the tutorial on the same pages, compare their answers, and print the gain of each step.
 
-Run it with ``scripts/setup cpu demo etl && .venv/bin/python scripts/tutorial/measure.py``.
+Run it with ``scripts/setup cpu demo etl && .venv/bin/python scripts/tutorial/measure.py``; on a GPU with a plan::
+
+    trtpool build det.onnx -o det.plan --fp16 --shapes x=1x3x320x640:8x3x320x640:16x3x320x640
+    TUTORIAL_PLAN=det.plan python scripts/tutorial/measure.py
 
 Each round runs every step once, the steps in turn, so that a machine that is busy with other things is so for all of
 them.  Starting is not measured: not the loading of the model, nor the start of a pool and of processes, each of which
@@ -11,6 +14,7 @@ the greatest; the rates are only to show their size.
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import statistics
 import sys
@@ -30,7 +34,9 @@ with needs("cpu", "demo", "etl"):
     from rich.table import Table
     from scripts.demo_pages import Region
     from scripts.tutorial import step0_loop, step1_infer, step2_map, step3_processes, step4_run
-    from scripts.tutorial.pages import SCAN_WIDTH, make_scans
+    from scripts.tutorial.pages import GPUS, SCAN_WIDTH, make_scans
+
+    loop: Any = importlib.import_module("scripts.tutorial.tensorrt_loop") if GPUS else step0_loop
 
 Found = list[tuple[Path, list[Region]]]
 Measured = tuple[Found, float]
@@ -68,7 +74,7 @@ def as_a_job(pages: Sequence[Path]) -> Measured:
 
 
 STEPS: dict[str, Callable[[Sequence[Path]], Measured]] = {
-    "0  loop": in_process(step0_loop.load, step0_loop.find_text),
+    "0  loop": in_process(loop.load, loop.find_text),
     "1  infer": in_process(step1_infer.load, step1_infer.find_text),
     "2  map": in_process(step1_infer.load, step2_map.find_text),
     "3  processes": in_process(step3_processes.load, step3_processes.find_text),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from PIL import Image
 from scripts import demo_pages
 from scripts.demo_pages import Region
 
-MODEL = demo_pages.model_file()
+MODEL = Path(os.environ.get("TUTORIAL_PLAN") or demo_pages.model_file())
+GPUS = [0] if MODEL.suffix == ".plan" else []
+"""A plan that `trtpool build` made of the model runs on a GPU."""
+
 SHAPE = (3, demo_pages.HEIGHT, demo_pages.WIDTH)
 SCAN_WIDTH = 2480
 """Pixels across a page of A4 at 300 dots an inch."""

@@ -9,13 +9,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `scripts`
 import numpy as np
 from scripts.demo_pages import Region
-from scripts.tutorial.pages import MODEL, SHAPE, given, lines_of, show, write_page
+from scripts.tutorial.pages import GPUS, MODEL, SHAPE, given, lines_of, show, write_page
 
 import trtpool
 
 
 def load() -> trtpool.Pool:
-    return trtpool.Pool(MODEL, shapes={"x": SHAPE})
+    return trtpool.Pool(MODEL, shapes={"x": SHAPE}, gpus=GPUS)
 
 
 def find_text(pool: trtpool.Pool, pages: Sequence[Path]) -> Iterator[tuple[Path, list[Region]]]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # for `scripts`
 import pyarrow.parquet as pq
 from scripts.demo_pages import Region
-from scripts.tutorial.pages import MODEL, SHAPE, given, lines_of, show, write_page
+from scripts.tutorial.pages import GPUS, MODEL, SHAPE, given, lines_of, show, write_page
 from scripts.tutorial.step3_processes import PRODUCERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,8 @@ def command(output: Path) -> list[str]:
         "decode": f"{ME}:decode",
         "post": f"{ME}:lines",
     }
+    if GPUS:
+        options["gpus"] = ",".join(map(str, GPUS))
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [sys.executable, "-m", "trtpool.broker.cli", "run", str(MODEL), *pairs]
 
