@@ -41,7 +41,8 @@ minilm (int64[N,L] input_ids, int64[N,L] attention_mask, int64[N,L] token_type_i
 {
     words = Gather(word, input_ids)
     kinds = Gather(kind, token_type_ids)
-    length = Shape<start = 1, end = 2>(input_ids)
+    whole = Shape(input_ids)
+    length = Slice(whole, axis1, axis2, axis0)
     place = Slice(position, axis0, length, axis0)
     words_kinds = Add(words, kinds)
     embedded = Add(words_kinds, place)
