@@ -43,7 +43,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
         candidate, reference: the files.
         data: what the items were.
         items: how many.
-        normalized: what is done to pixels, by input, in one model or before it.
+        normalized: what is done to pixels, by input, in one model, or as was told; ``""`` what was told for all images.
         limits: what would have been good.
         outputs: one for each.
     """
@@ -198,7 +198,7 @@ def check(
         reference=os.fspath(against),
         data=source.told,
         items=len(keys),
-        normalized={**normalize, **sides[1].inside, **sides[0].inside},
+        normalized={**sides[1].inside, **sides[0].inside, **normalize},
         limits=limits,
         outputs=outputs,
     )

@@ -3,7 +3,7 @@
 What an item holds is *raw*: pixels, or the numbers of an array.  An input that takes integers, or normalises inside,
 gets it as it is, in its dtype.  Any other gets it
 
-- as the other model normalises it inside, or --normalize says; else
+- as --normalize says, or else the other model normalises it inside; else
 - divided by 255, if it is an image and neither model takes integers; else
 - as it is.
 """
@@ -62,7 +62,7 @@ class Feeder:
 
     Args:
         candidate, reference: alike, see `check_alike`.
-        normalize: what is given for inputs that no model normalises inside; ``""`` stands for all images.
+        normalize: what is given for inputs, whatever a model does inside; ``""`` stands for all images.
         images: how images are fitted.
     """
 
@@ -151,14 +151,11 @@ class Feeder:
 
     def normalization(self, spec: TensorSpec, raw: Raw) -> Normalization | None:
         """What is done to raw numbers before a floating-point input of a model that does not do it inside."""
-        inside = self._inside(spec.name)
-        if inside is not None:
-            return inside
-        given = self._normalize.get(spec.name)
-        if given is None and (raw.image or len(spec.shape) > 1):
+        inside, given = self._inside(spec.name), self._normalize.get(spec.name)
+        if given is None and (raw.image or inside is not None or len(spec.shape) > 1):
             given = self._normalize.get("")
-        if given is not None:
-            return given
+        if given is not None or inside is not None:
+            return given if given is not None else inside
         floats = all("float" in self._spec_of(side, spec.name).dtype for side in self._sides)
         return Normalization() if raw.image and floats else None
 

@@ -75,10 +75,13 @@ def test_float16_costs_a_little_and_a_limit_says_how_much_it_may(classifier, pho
     assert report["outputs"][0]["worst"].endswith(".png")
 
 
-def test_a_wrong_normalisation_is_found(classifier, photos, tmp_path):
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_wrong_normalisation_is_found(recorded, classifier, photos, tmp_path):
+    """What is told goes before what the record beside the model says was built in."""
     changed = tmp_path / "pixels.onnx"
     run("build", classifier, "-o", changed, "--normalize=imagenet")
-    (tmp_path / "pixels.onnx.json").unlink()  # so that nobody knows what is inside
+    if not recorded:
+        (tmp_path / "pixels.onnx.json").unlink()
     words = (changed, "--against", classifier, "--data", photos)
     assert checked(*words, "--normalize=x=symmetric", code=DIFFERENT)["outputs"][0]["max_error"] > 0.05
     assert checked(*words, "--normalize=imagenet")["outputs"][0]["max_error"] == 0
