@@ -50,7 +50,7 @@ def _show_once(client: Client, interval_s: float) -> None:
     with Nvml() as nvml:
         before = _look(client, nvml)
         time.sleep(interval_s)
-        Console().print(Top(before, _look(client, nvml), client.models).show(rows=1000))
+        Console().print(Top(before, _look(client, nvml)).show(rows=1000))
 
 
 def _watch(client: Client, interval_s: float) -> None:
@@ -65,7 +65,7 @@ def _watch(client: Client, interval_s: float) -> None:
         before, wait_s = _look(client, nvml), min(FIRST_LOOK_S, interval_s)
         while key(wait_s) != "q":
             now = _look(client, nvml)
-            live.update(Top(before, now, client.models).show(console.height), refresh=True)
+            live.update(Top(before, now).show(console.height), refresh=True)
             before, wait_s = now, interval_s
 
 

@@ -6,7 +6,7 @@ where the report has them together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Final
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily
@@ -14,7 +14,6 @@ from prometheus_client.registry import Collector
 
 from trtpool import __version__
 from trtpool.ipc.histogram import Histogram, upper
-from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.report import DeviceReport, ModelReport, PoolReport
 
 Metric = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily | InfoMetricFamily
@@ -39,12 +38,10 @@ class Figures(Collector):
 
     Args:
         report: of the pool.
-        models: their layouts, in the report's order.
     """
 
-    def __init__(self, report: PoolReport, models: Sequence[ModelLayout]) -> None:
+    def __init__(self, report: PoolReport) -> None:
         self._report = report
-        self._models = models
 
     def collect(self) -> Iterator[Metric]:
         """All metrics."""
@@ -149,12 +146,10 @@ class Figures(Collector):
         copied = CounterMetricFamily(
             "trtpool_copied_bytes", "Inputs to GPUs and outputs from them.", labels=["model", "gpu", "direction"]
         )
-        specs = {layout.spec.name: layout.spec for layout in self._models}
-        for model, device, names in self._each_device():
+        for _, device, names in self._each_device():
             if device.gpu is not None:
-                spec = specs[model.name]
-                for direction, tensors in (("in", spec.inputs), ("out", spec.outputs)):
-                    copied.add_metric([*names, direction], device.items * sum(one.item_bytes for one in tensors))
+                copied.add_metric([*names, "in"], device.copied_in_bytes)
+                copied.add_metric([*names, "out"], device.copied_out_bytes)
         yield copied
 
     def _times(self) -> Iterator[Metric]:

@@ -36,7 +36,7 @@ NOTES_BYTES: Final = 512 * NOTE.size
 """By then they are counted: a tenth of a millisecond's work."""
 
 LARGEST: Final = 2**62
-"""No time is longer: a worker that lies must not make a sum that 64 bits cannot hold."""
+"""No time is longer, and no sum of bytes larger: a worker that lies must not make a sum that 64 bits cannot hold."""
 
 
 class SavedMeter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
@@ -46,6 +46,8 @@ class SavedMeter(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fi
     items: int
     batches: int
     histograms: list[Histogram]
+    copied_in_bytes: int
+    copied_out_bytes: int
 
 
 class Meter:
@@ -56,19 +58,22 @@ class Meter:
 
     Attributes:
         items, batches: that were counted.
+        copied_in_bytes, copied_out_bytes: to and from the GPU, where they do not follow from `items`; see `copied`.
         notes, at: those that were not counted yet, and where the next one goes; `count` makes room.
     """
 
-    __slots__ = ("_counts", "_sums", "at", "batches", "items", "notes")
+    __slots__ = ("_counts", "_sums", "at", "batches", "copied_in_bytes", "copied_out_bytes", "items", "notes")
 
     def __init__(self, saved: SavedMeter | None = None) -> None:
         self.items = self.batches = 0
+        self.copied_in_bytes = self.copied_out_bytes = 0
         self.notes = bytearray(NOTES_BYTES)
         self.at = 0
         self._counts = np.zeros((len(HISTOGRAMS), BUCKETS))
         self._sums = np.zeros(len(HISTOGRAMS))
         if saved is not None:
             self.items, self.batches = saved.items, saved.batches
+            self.copied_in_bytes, self.copied_out_bytes = saved.copied_in_bytes, saved.copied_out_bytes
             self._counts[:] = [one.dense() for one in saved.histograms]
             self._sums[:] = [one.total for one in saved.histograms]
 
@@ -100,6 +105,11 @@ class Meter:
         self.items += int(items.sum())
         self.batches += int(batches.sum())
 
+    def add_copied(self, into: int, out: int) -> None:
+        """Count bytes to the GPU and from it, which do not follow from `items`."""
+        self.copied_in_bytes = min(self.copied_in_bytes + into, LARGEST)
+        self.copied_out_bytes = min(self.copied_out_bytes + out, LARGEST)
+
     def histogram(self, name: str) -> Histogram:
         """One of `HISTOGRAMS`, of all that was counted."""
         which = HISTOGRAMS.index(name)
@@ -108,4 +118,5 @@ class Meter:
     def save(self, gpu: int | None) -> SavedMeter:
         """All that was counted and noted, for another broker."""
         self.count()
-        return SavedMeter(gpu, self.items, self.batches, [self.histogram(name) for name in HISTOGRAMS])
+        histograms = [self.histogram(name) for name in HISTOGRAMS]
+        return SavedMeter(gpu, self.items, self.batches, histograms, self.copied_in_bytes, self.copied_out_bytes)

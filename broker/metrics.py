@@ -28,7 +28,6 @@ from prometheus_client.registry import CollectorRegistry
 
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import TrtpoolError
-from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.process import tie_to_parent
 from trtpool.ipc.report import PoolReport
@@ -56,28 +55,28 @@ class _Handler(BaseHTTPRequestHandler):
             self._say(HTTPStatus.NOT_FOUND, "there are /metrics, /healthz and /readyz\n")
             return
         try:
-            report, models = self._ask()
+            report = self._ask()
         except (TrtpoolError, OSError) as error:
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, f"the pool does not answer: {error}\n")
             return
-        answer[path](report, models)
+        answer[path](report)
 
     do_HEAD = do_GET  # noqa: N815
 
-    def _ask(self) -> tuple[PoolReport, tuple[ModelLayout, ...]]:
+    def _ask(self) -> PoolReport:
         with Client(self.run_dir) as client:
-            return client.status(), client.models
+            return client.status()
 
-    def _metrics(self, report: PoolReport, models: tuple[ModelLayout, ...]) -> None:
+    def _metrics(self, report: PoolReport) -> None:
         registry = CollectorRegistry()
-        registry.register(Figures(report, models))
+        registry.register(Figures(report))
         encode, content_type = choose_encoder(self.headers.get("Accept") or "")
         self._answer(HTTPStatus.OK, encode(registry), content_type)
 
-    def _health(self, _report: PoolReport, _models: tuple[ModelLayout, ...]) -> None:
+    def _health(self, _report: PoolReport) -> None:
         self._say(HTTPStatus.OK, "ok\n")
 
-    def _readiness(self, report: PoolReport, _models: tuple[ModelLayout, ...]) -> None:
+    def _readiness(self, report: PoolReport) -> None:
         if report.draining:
             self._say(HTTPStatus.SERVICE_UNAVAILABLE, "the pool is stopping\n")
         elif not report.workers:

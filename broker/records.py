@@ -22,6 +22,7 @@ from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.settings import BULK
 
 from .batching import Work, WorkQueue
+from .copied import CopiedBytes
 from .meters import NOTES_BYTES, Meter
 from .slots import Ring
 from .variants import VariantQueue
@@ -286,13 +287,14 @@ class Model:
         max_delay_ns: how long bulk work may wait for a batch to fill.
         weight, finish: its share of the workers, and how much of that it has had; see `shares`.
         varies: not all its work may share batches; see `variants`.
+        copied: the bytes that its batches take to a GPU and back.
         path: the file that its engines were loaded from.
     """
 
     __slots__ = (
-        "asked", "cap", "evict_ns", "finish", "index", "items_per_slot", "layout", "lease_wait_ns", "lease_waits",
-        "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "path", "ring", "run_ns", "segment",
-        "short_ns", "spares", "totals", "unasked", "urgent", "varies", "waiting", "watched", "weight",
+        "asked", "cap", "copied", "evict_ns", "finish", "index", "items_per_slot", "layout", "lease_wait_ns",
+        "lease_waits", "lines", "max_batch", "max_delay_ns", "meters", "overtaken", "parked", "path", "ring", "run_ns",
+        "segment", "short_ns", "spares", "totals", "unasked", "urgent", "varies", "waiting", "watched", "weight",
     )  # fmt: skip
 
     def __init__(self, index: int, layout: ModelLayout, cap: int, max_delay_ns: int = 0, weight: int = 1) -> None:
@@ -306,6 +308,7 @@ class Model:
         self.items_per_slot = layout.items_per_slot
         self.max_batch = layout.max_batch
         self.varies = not layout.spec.is_uniform
+        self.copied = CopiedBytes(layout.spec)
         self.path = layout.spec.path
         self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
         self.lines = [Line(self, None)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from trtpool.ipc.histogram import Histogram
 from trtpool.ipc.report import (
@@ -78,21 +78,28 @@ def _clients(core: Core) -> tuple[ClientReport, ...]:
 
 
 def _devices(core: Core, model: Model) -> tuple[DeviceReport, ...]:
-    devices = [_device(gpu, meter) for gpu, meter in model.meters.items()]
+    devices = [_device(model, gpu, meter) for gpu, meter in model.meters.items()]
     if len(devices) > 1 and sum(len(one.meters) for one in core.models) > MAX_METERS:
         return (_together(devices),)
     return tuple(devices)
 
 
-def _device(gpu: int | None, meter: Meter) -> DeviceReport:
+def _device(model: Model, gpu: int | None, meter: Meter) -> DeviceReport:
     meter.count()
-    return DeviceReport(gpu, meter.items, meter.batches, **{name: meter.histogram(name) for name in HISTOGRAMS})
+    into, out = meter.copied_in_bytes, meter.copied_out_bytes
+    if gpu is not None and not model.varies:
+        more_in, more_out = model.copied.of(meter.items)
+        into, out = into + more_in, out + more_out
+    figures: dict[str, Any] = {name: meter.histogram(name) for name in HISTOGRAMS}
+    figures |= {"copied_in_bytes": min(into, LARGEST), "copied_out_bytes": min(out, LARGEST)}
+    return DeviceReport(gpu, meter.items, meter.batches, **figures)
 
 
 def _together(devices: list[DeviceReport]) -> DeviceReport:
-    items, batches = sum(one.items for one in devices), sum(one.batches for one in devices)
-    histograms = {name: sum((getattr(one, name) for one in devices), Histogram()) for name in HISTOGRAMS}
-    return DeviceReport(-1, items, batches, **histograms)
+    counts = ("items", "batches", "copied_in_bytes", "copied_out_bytes")
+    figures: dict[str, Any] = {name: min(sum(getattr(one, name) for one in devices), LARGEST) for name in counts}
+    figures |= {name: sum((getattr(one, name) for one in devices), Histogram()) for name in HISTOGRAMS}
+    return DeviceReport(-1, **figures)
 
 
 def _holder(core: Core, producer: Producer, model: Model) -> HolderReport:

@@ -15,7 +15,7 @@ Each table fits 80 columns.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Final, NamedTuple
 
 from rich import box
@@ -25,7 +25,6 @@ from rich.text import Text
 
 from trtpool.ipc.arena import format_bytes
 from trtpool.ipc.histogram import Histogram
-from trtpool.ipc.layout import ModelLayout
 from trtpool.ipc.report import ClientReport, DeviceReport, ModelReport, PoolReport, WorkerReport
 
 from .nvml import GpuFigures
@@ -47,13 +46,11 @@ class Top:
 
     Args:
         before, now: the looks.
-        layouts: the pool's models.
     """
 
-    def __init__(self, before: Look, now: Look, layouts: Sequence[ModelLayout]) -> None:
+    def __init__(self, before: Look, now: Look) -> None:
         self._now, self._gpus = now.report, now.gpus
         self._passed_s = max(1e-9, now.at_s - before.at_s)
-        self._layouts = {layout.spec.name: layout for layout in layouts}
         self._models = {model.name: model for model in before.report.models}
         self._clients = {client.peer: client.items for client in before.report.clients}
         self._done = {model.name: self._since(model) for model in now.report.models}
@@ -132,13 +129,12 @@ class Top:
     def _work_of(self, gpu: int | None) -> tuple[int, int, int]:
         """Nanoseconds of compute, and bytes in and out, of a device since the look before."""
         compute_ns = copied_in = copied_out = 0
-        for name, devices in self._done.items():
-            spec = self._layouts[name].spec
+        for devices in self._done.values():
             for device in devices:
                 if device.gpu == gpu:
                     compute_ns += device.compute.total
-                    copied_in += device.items * sum(one.item_bytes for one in spec.inputs)
-                    copied_out += device.items * sum(one.item_bytes for one in spec.outputs)
+                    copied_in += device.copied_in_bytes
+                    copied_out += device.copied_out_bytes
         return compute_ns, copied_in, copied_out
 
     def _client_table(self, most: int) -> Table:
@@ -184,9 +180,8 @@ def _by_gpu(workers: Iterable[WorkerReport]) -> dict[int | None, list[WorkerRepo
 def _minus(now: DeviceReport, before: DeviceReport | None) -> DeviceReport:
     if before is None:
         return now
-    names = ("sizes", "latency", *PHASES)
-    since = {name: getattr(now, name) - getattr(before, name) for name in names}
-    return DeviceReport(now.gpu, now.items - before.items, now.batches - before.batches, **since)
+    names = ("items", "batches", "sizes", "latency", *PHASES, "copied_in_bytes", "copied_out_bytes")
+    return DeviceReport(now.gpu, **{name: getattr(now, name) - getattr(before, name) for name in names})
 
 
 def _merge(histograms: Iterable[Histogram]) -> Histogram:

@@ -126,7 +126,7 @@ class Works:
         batch = self._find_batch(worker, message)
         books, model, batches, shapes = self._books, batch.model, message.batches, message.shapes
         if model.varies or shapes:
-            check_outputs(model.layout, shapes)
+            self._take_shapes(worker, batch, message)
         self._take_back(worker, batch)
         now_ns, index = books.now_ns, model.index
         books.suspects -= batch.alone
@@ -152,7 +152,7 @@ class Works:
         for work in batch.works:
             lease, items, at, count = work.lease, work.items, work.at, work.count
             if lease.orphaned:
-                self._free_orphan(work)
+                self._end_unheard(worker, work)
                 continue
             queue_ns = batch.dispatched_ns - work.queued_ns
             ended += items
@@ -190,6 +190,22 @@ class Works:
         """All that a worker had goes back; what ran alone may be why it ended."""
         for batch in worker.batches.values():
             self._retry(batch, m.WORKER_DIED, text, counts=batch.alone)
+
+    def _take_shapes(self, worker: Worker, batch: Batch, message: m.Finished) -> None:
+        """Check the shapes of a batch whose items may have several, and count what it copied."""
+        model = batch.model
+        check_outputs(model.layout, message.shapes)
+        if worker.gpu is not None:
+            items, (inputs, _) = sum(work.items for work in batch.works), batch.works[0].variant
+            copied = model.copied.of(items, inputs, message.shapes, filled=message.filled_items)
+            model.meter(worker.gpu).add_copied(*copied)
+
+    def _end_unheard(self, worker: Worker, work: Work) -> None:
+        """A work has run whose owner has ended."""
+        model = work.lease.model
+        if worker.gpu is not None and not model.varies:  # else the batch was counted as a whole
+            model.meter(worker.gpu).add_copied(*model.copied.of(work.items))
+        self._free_orphan(work)
 
     @staticmethod
     def _find_batch(worker: Worker, message: m.Finished | m.Failed) -> Batch:

@@ -235,7 +235,8 @@ class Finished(_Message, frozen=True, tag=12):
     """All outputs of a Run are written.  Times are sums over the `batches` that it was cut into.
 
     `ended_ns` is when the worker found the last of them written, by the host's monotonic clock; 0: not told.
-    `shapes` are those of the outputs that vary.
+    `shapes` are those of the outputs that vary.  `filled_items` counts the items that were copied to the device again,
+    to fill a batch up.
     """
 
     batch: U63
@@ -247,6 +248,7 @@ class Finished(_Message, frozen=True, tag=12):
     batches: Count = 1
     ended_ns: U63 = 0
     shapes: Shapes = ()
+    filled_items: U63 = 0
 
 
 class Failed(_Message, frozen=True, tag=13):

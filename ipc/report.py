@@ -38,6 +38,7 @@ class DeviceReport(msgspec.Struct, frozen=True):
         dispatch: of batches, with the worker and not on the device: messages, and the wait for a lane.
         copy_in, compute, copy_out: of batches on the device.  Those that nothing was copied for are left out.
         latency: of items, from arrival to end, as the broker saw it.
+        copied_in_bytes, copied_out_bytes: what those batches took to the GPU and from it; 0 on the CPU.
     """
 
     gpu: int | None
@@ -50,6 +51,8 @@ class DeviceReport(msgspec.Struct, frozen=True):
     compute: Histogram
     copy_out: Histogram
     latency: Histogram
+    copied_in_bytes: int = 0
+    copied_out_bytes: int = 0
 
 
 class ModelReport(msgspec.Struct, frozen=True):

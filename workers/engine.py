@@ -41,7 +41,8 @@ class Times(NamedTuple):
 
     `gathered_items` counts the items that were copied through scratch memory, because many
     scattered small rows cost more as calls than as one copy (CPU engine only).  `shapes` are those of one item of each
-    output that varies, in the order of `ModelSpec.varying`.
+    output that varies, in the order of `ModelSpec.varying`.  `filled_items` counts how often the last item was copied
+    to the device again, to fill the batch up (GPU engine only, where the shape of an output depends on the data).
     """
 
     copy_in_ns: int
@@ -49,6 +50,7 @@ class Times(NamedTuple):
     copy_out_ns: int
     gathered_items: int = 0
     shapes: Shapes = ()
+    filled_items: int = 0
 
 
 Planes = Mapping[str, npt.NDArray[Any]]

@@ -167,15 +167,16 @@ class Job:
         if batches > 1:
             spent = self._spent
             copy_in, compute, copy_out, gathered = map(sum, zip(spent[:4], times[:4], strict=True))
-            times = self._spent = Times(copy_in, compute, copy_out, gathered, times.shapes)
+            filled = spent.filled_items + times.filled_items
+            times = self._spent = Times(copy_in, compute, copy_out, gathered, times.shapes, filled)
             if self._left:
                 return None
-        copy_in_ns, compute_ns, copy_out_ns, gathered, shapes = times
+        copy_in_ns, compute_ns, copy_out_ns, gathered, shapes, filled = times
         if run.works:
             _note(run, f"ended after {(copy_in_ns + compute_ns + copy_out_ns) / 1e6:.3f} ms")
         return m.Finished(
             *(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches),
-            *(time.monotonic_ns(), shapes),
+            *(time.monotonic_ns(), shapes, filled),
         )
 
 

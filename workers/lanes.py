@@ -95,6 +95,7 @@ class Lane:
         self._often = OFTEN if any(tensor.spec.least is not None for tensor in inputs) else 2
         self._capture = graphs and not self._plan.told
         self._shapes: Shapes = ()
+        self._filled = 0
         self._is_closed = False
         with contextlib.ExitStack() as stack:
             self._stream = cuda.new_stream()
@@ -236,7 +237,8 @@ class Lane:
         if not self._cuda.ended(self._done):
             return None
         copy_in, compute, copy_out = self._phases
-        return Times(self._elapsed_ns(copy_in), self._elapsed_ns(compute), self._elapsed_ns(copy_out), 0, self._shapes)
+        took = self._elapsed_ns(copy_in), self._elapsed_ns(compute), self._elapsed_ns(copy_out)
+        return Times(*took, 0, self._shapes, self._filled)
 
     def ended(self) -> bool:
         """Whether the batch has ended; see `LaneEngine.ended`."""
@@ -290,13 +292,14 @@ class Lane:
     def _copy_in(self, form: Form, batch: Batch, missing: int) -> None:
         """Copies of any batch to the device; `missing` items more are run."""
         copies = Copies(self._bounds)
+        # What lies on the device fills up a batch, unless the shape of the answer may depend on it.
+        self._filled = filled = missing if self._plan.told else 0
         for buffer in form.shared:
             copies.add_shared(buffer, batch)
         for buffer in form.inputs:
             end = copies.add(buffer, batch)
-            # What lies on the device fills up a batch, unless the shape of the answer may depend on it.
-            if missing and self._plan.told:
-                copies.add_last_again(buffer, batch, end, missing)
+            if filled:
+                copies.add_last_again(buffer, batch, end, filled)
         copies.enqueue(self._cuda, self._stream, to_device=True)
 
     def _copy_out(self, form: Form, step: Step, batch: Batch) -> None:

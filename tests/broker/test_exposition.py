@@ -24,7 +24,7 @@ DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana.json"
 def scrape(rig: Rig) -> dict[str, Metric]:
     """What a scrape says, read back as Prometheus reads it."""
     registry = CollectorRegistry()
-    registry.register(Figures(report(rig.core), [model.layout for model in rig.core.models]))
+    registry.register(Figures(report(rig.core)))
     return {family.name: family for family in text_string_to_metric_families(generate_latest(registry).decode())}
 
 

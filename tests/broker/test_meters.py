@@ -158,5 +158,6 @@ def test_a_report_of_very_many_models_and_gpus_fits_a_frame(monkeypatch):
             rig.finish(10 + gpu, run)
     (one,) = report(rig.core).models[0].devices
     assert (one.gpu, one.items, one.batches, one.compute.count) == (-1, 4, 2, 2)
+    assert (one.copied_in_bytes, one.copied_out_bytes) == (4 * 8, 4 * 4)
     again = msgspec.json.decode(msgspec.json.encode(report(rig.core)), type=PoolReport)
     assert again == report(rig.core)

@@ -32,12 +32,11 @@ def show(
     rig: Rig, act: Callable[[], object] = lambda: None, passed_s: float = 1.0, rows: int = 1000, **gpus: Any
 ) -> list[str]:
     """Lines on a terminal of 80 columns, of what happens while `act` acts."""
-    layouts = [model.layout for model in rig.core.models]
     before = Look(report(rig.core), 0.0)
     act()
     console = Console(width=80, color_system=None, force_terminal=True)
     with console.capture() as capture:
-        console.print(Top(before, Look(report(rig.core), passed_s, gpus.get("gpus", {})), layouts).show(rows))
+        console.print(Top(before, Look(report(rig.core), passed_s, gpus.get("gpus", {}))).show(rows))
     return capture.get().splitlines()
 
 

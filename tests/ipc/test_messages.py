@@ -44,7 +44,7 @@ FIELDS = {
     "priority": st.integers(0, 1),
     "shapes": st.lists(st.lists(st.integers(0, 2**40), max_size=4).map(tuple), max_size=3).map(tuple),
     "shared": st.binary(max_size=16),
-    **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "said"), u63),
+    **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "filled_items", "said"), u63),
     **dict.fromkeys(("heard", "frames"), u63),
     **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns", "ended_ns"), u63),
     **dict.fromkeys(("version", "model", "first", "status", "attempt", "code", "again"), u31),

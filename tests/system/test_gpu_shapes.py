@@ -88,3 +88,22 @@ def test_inputs_that_a_batch_shares(client):
     for k in (2, 3):
         y = client.infer(x=x, k=np.float32(k), b=b, model="shared")["y"]
         np.testing.assert_array_equal(y, x * k + 1)
+
+
+def test_the_bytes_that_crossed_the_bus_are_counted(client):
+    def copied(model: str) -> tuple[int, int]:
+        (one,) = [one for one in client.status().models if one.name == model]
+        return sum(on.copied_in_bytes for on in one.devices), sum(on.copied_out_bytes for on in one.devices)
+
+    def of(model: str, **arrays: Any) -> tuple[int, int]:
+        """Of one batch."""
+        into, out = copied(model)
+        client.infer(model=model, **arrays)
+        return copied(model)[0] - into, copied(model)[1] - out
+
+    ones = np.ones((3, 16), np.float32)
+    assert of("profiled", x=ones) == (3 * 16 * 4, 3 * 16 * 4)
+    assert of("profiled", x=ones[:2, :5]) == (2 * 5 * 4, 2 * 5 * 4)
+    assert of("shared", x=ones[:, :3], k=np.float32(2), b=ones[:2, :3]) == (3 * 3 * 4 + 4 + 2 * 3 * 4, 3 * 3 * 4)
+    assert of("upto", x=ones[:, :4]) == (3 * 4 * 4, 3 * (1 + 1) * 4)
+    assert of("upto", x=ones[:1, :4]) == (2 * 4 * 4, (1 + 1) * 4), "the only item fills a batch of two up"

@@ -234,13 +234,13 @@ def test_a_job_is_finished_with_its_last_batch():
     assert [[(part.first, part.count, part.items) for part in batch] for batch in job.batches] == [
         [(0, 3, 6)], [(3, 3, 6)], [(6, 1, 1)]
     ]  # fmt: skip
-    assert job.finish(Times(1, 20, 300, 4)) is None
+    assert job.finish(Times(1, 20, 300, 4, (), 3)) is None
     assert job.finish(Times(2, 30, 400, 5)) is None
     before_ns = time.monotonic_ns()
-    finished = job.finish(Times(3, 40, 500, 6))
+    finished = job.finish(Times(3, 40, 500, 6, (), 8))
     assert isinstance(finished, m.Finished)
     assert before_ns <= finished.ended_ns <= time.monotonic_ns()
-    assert msgspec.structs.replace(finished, ended_ns=0) == m.Finished(9, 2, 6, 90, 1200, 15, 3)
+    assert msgspec.structs.replace(finished, ended_ns=0) == m.Finished(*(9, 2, 6, 90, 1200, 15, 3), filled_items=11)
 
 
 @pytest.mark.parametrize("refused", [0, 1, 2])
