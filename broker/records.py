@@ -33,6 +33,10 @@ a row: the next begins with bulk work whose turn it is.  The same holds for gran
 fifth, and more while interactive batches have room left."""
 
 
+CACHED_BYTES: Final = 1 << 20
+"""A ring of slots may begin again when so many bytes were granted, and a batch: what a processor's own cache holds."""
+
+
 class LeaseRecord:
     """A producer's right to a run of slots.
 
@@ -310,7 +314,8 @@ class Model:
         self.varies = not layout.spec.is_uniform
         self.copied = CopiedBytes(layout.spec)
         self.path = layout.spec.path
-        self.ring = Ring(layout.slots, -(-layout.max_batch // layout.items_per_slot))
+        batch = -(-layout.max_batch // layout.items_per_slot)
+        self.ring = Ring(layout.slots, batch, max(batch, CACHED_BYTES // layout.slot_bytes))
         self.lines = [Line(self, None)]
         self.waiting: deque[Request] = deque()
         self.urgent: deque[Request] = deque()

@@ -135,15 +135,23 @@ class Ring:
     what is no hole any more is thrown away when it comes to the top.  After a round of the ring in which batches were
     found, they are kept no more.
 
+    Slots that were used a moment ago are still in the processors' caches, and those of a large arena are not.  So the ring
+    is no longer than it must be: from slot `span` on it begins again, as soon as a batch and half a span are free there.
+    Whoever gives slots back in order, as producers nearly do, goes on in whole batches, and the arena beyond is touched
+    only by those who need it.
+
     Args:
         slots: how many.
         batch: slots of a batch.
+        span: slots after which it may begin again; by default only at the end.
 
     Attributes:
         cursor: where the next are looked for first.
     """
 
-    def __init__(self, slots: int, batch: int = 1) -> None:
+    def __init__(self, slots: int, batch: int = 1, span: int = 0) -> None:
+        self._span = span or slots
+        self._again = bytes(min(slots, max(batch, self._span // 2)))
         self.free = slots
         self.slots = slots
         self._batch = batch
@@ -157,6 +165,8 @@ class Ring:
         if count > self.free:
             return None
         cursor = self.cursor
+        if cursor >= self._span and self._used.startswith(self._again) and count <= len(self._again):
+            self.cursor = cursor = 0
         if self._holes is None and self._used.startswith(bytes(count), cursor):  # as nearly always
             self._used[cursor : cursor + count] = b"\x01" * count
             self.cursor = cursor + count

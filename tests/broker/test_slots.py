@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 
 import pytest
 from hypothesis import given
@@ -50,7 +51,8 @@ def longest_free(used: list[bool]) -> int:
 @given(st.data())
 def test_the_ring_takes_exactly_what_is_free_and_in_one_run_if_there_is_one(data):
     slots = data.draw(st.integers(1, 40), "slots")
-    ring = Ring(slots, data.draw(st.integers(1, slots), "slots of a batch"))
+    batch, span = data.draw(st.integers(1, slots), "slots of a batch"), data.draw(st.integers(0, 60), "span")
+    ring = Ring(slots, batch, span)
     used = [False] * slots
     held: list[tuple[int, int]] = []
     for _ in range(data.draw(st.integers(1, 30), "steps")):
@@ -80,8 +82,11 @@ def test_the_ring_takes_exactly_what_is_free_and_in_one_run_if_there_is_one(data
         ring.validate(bytearray(used))
 
 
-def plainly(used: list[bool], cursor: int, count: int, batch: int) -> int:
+def plainly(used: list[bool], cursor: int, count: int, batch: int, span: int) -> int:
     """Where a run of `count` is taken from by what `Ring` promises, looking at every slot; -1: nowhere in one run."""
+    first = min(len(used), max(batch, span // 2))
+    if cursor >= span and count <= first and not any(used[:first]):
+        cursor = 0
     spans = [list(group) for taken, group in itertools.groupby(range(len(used)), used.__getitem__) if not taken]
     here = next((span[-1] + 1 - cursor for span in spans if cursor in span), 0)
     if here >= count:
@@ -98,7 +103,8 @@ def plainly(used: list[bool], cursor: int, count: int, batch: int) -> int:
 def test_the_ring_takes_the_same_runs_as_one_that_looks_at_every_slot(data):
     """Most slots are held by others, so that the ring comes to keep holes, and throws them away, all the time."""
     slots, batch = data.draw(st.integers(4, 32), "slots"), data.draw(st.integers(1, 8), "slots of a batch")
-    ring, used = Ring(slots, batch), [True] * slots
+    span = data.draw(st.integers(1, slots), "span")
+    ring, used = Ring(slots, batch, span), [True] * slots
     ring.take(slots)
     for _ in range(data.draw(st.integers(1, 80), "steps")):
         taken = [slot for slot in range(slots) if used[slot]]
@@ -110,7 +116,7 @@ def test_the_ring_takes_the_same_runs_as_one_that_looks_at_every_slot(data):
             used[first : first + count] = [False] * count
             continue
         count = data.draw(st.integers(1, min(ring.free, 6)), "take")
-        wanted = plainly(used, ring.cursor, count, batch)
+        wanted = plainly(used, ring.cursor, count, batch, span)
         runs = ring.take(count)
         assert runs is not None
         if wanted >= 0:
@@ -148,6 +154,22 @@ def test_neighbours_are_granted_one_after_the_other_round_the_ring():
     ring.give_back(1, 1)
     ring.give_back(4, 2)
     assert ring.take(1) == [(4, 1)], "the next after the cursor, not the first that is free"
+
+
+@pytest.mark.parametrize(("in_flight", "used"), [(1, 10), (2, 12), (10, 28), (100, 208)])
+def test_no_more_of_the_ring_is_used_than_it_must_be(in_flight, used):
+    """Runs of 2 that are given back in order: those in flight and a batch, and neighbours all the way."""
+    ring = Ring(1000, batch=8, span=8)
+    held: deque[tuple[int, int]] = deque()
+    granted = []
+    for _ in range(2000):
+        if len(held) == in_flight:
+            ring.give_back(*held.popleft())
+        (run,) = ring.take(2) or ()
+        held.append(run)
+        granted.append(run[0])
+    assert max(granted) + 2 <= used
+    assert {second for first, second in itertools.pairwise(granted) if second != first + 2} == {0}
 
 
 def test_scattered_slots_are_taken_as_runs_from_the_cursor_on():
