@@ -81,9 +81,10 @@ class Meter:
         """Count what was noted."""
         if not self.at:
             return
-        noted = np.frombuffer(self.notes, "<i8", self.at // 8).reshape(-1, len(HISTOGRAMS)).astype(np.float64)
+        noted = np.frombuffer(self.notes, "<i8", self.at // 8).reshape(-1, len(HISTOGRAMS))
         self.at = 0
-        items, batches, queue_ns, with_worker_ns, *_ = columns = noted.T
+        columns = noted.T.astype(np.float64, order="C")  # each dense, for speed
+        items, batches, queue_ns, with_worker_ns, *_ = columns
         device_ns = columns[4:]
         ended = items > 0  # else their owners are gone
         numbers, times, sums = np.zeros((3, len(HISTOGRAMS), len(noted)))
@@ -95,7 +96,7 @@ class Meter:
         times[_DEVICE], sums[_DEVICE] = (device_ns > 0) * batches, device_ns
         numbers[_QUEUE] = queue_ns / np.maximum(items, 1)
         numbers[_LATENCY] = numbers[_QUEUE] + with_worker_ns
-        numbers[_SIZES] = items // batches - 1
+        numbers[_SIZES] = items / batches - 1
         numbers[_DEVICE] = device_ns / batches
         np.maximum(numbers, 0, out=numbers)
         numbers = np.floor(numbers, out=numbers)

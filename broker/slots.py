@@ -135,10 +135,10 @@ class Ring:
     what is no hole any more is thrown away when it comes to the top.  After a round of the ring in which batches were
     found, they are kept no more.
 
-    Slots that were used a moment ago are still in the processors' caches, and those of a large arena are not.  So the ring
-    is no longer than it must be: from slot `span` on it begins again, as soon as a batch and half a span are free there.
-    Whoever gives slots back in order, as producers nearly do, goes on in whole batches, and the arena beyond is touched
-    only by those who need it.
+    Slots that were used a moment ago are still in the processors' caches, and those of a large arena are not.  So the
+    ring is no longer than it must be: from slot `span` on it begins again, as soon as a batch and half a span are free
+    at its beginning.  Whoever gives slots back in order, as producers nearly do, goes on in whole batches, and the
+    arena beyond is touched only by those who need it.
 
     Args:
         slots: how many.

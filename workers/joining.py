@@ -174,9 +174,9 @@ class Job:
         copy_in_ns, compute_ns, copy_out_ns, gathered, shapes, filled = times
         if run.works:
             _note(run, f"ended after {(copy_in_ns + compute_ns + copy_out_ns) / 1e6:.3f} ms")
+        ended_ns = time.monotonic_ns()
         return m.Finished(
-            *(run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches),
-            *(time.monotonic_ns(), shapes, filled),
+            run.batch, run.attempt, copy_in_ns, compute_ns, copy_out_ns, gathered, batches, ended_ns, shapes, filled
         )
 
 
