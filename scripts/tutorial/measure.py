@@ -5,6 +5,8 @@ Run it with ``scripts/setup cpu demo etl && .venv/bin/python scripts/tutorial/me
     trtpool build det.onnx -o det.plan --fp16 --shapes x=1x3x320x640:8x3x320x640:16x3x320x640
     TUTORIAL_PLAN=det.plan python scripts/tutorial/measure.py
 
+The model then takes what the plan takes, and ``TUTORIAL_SIZE=1600x2560`` is for one of pages of that height and width.
+
 Each round runs every step once, the steps in turn, so that a machine that is busy with other things is so for all of
 them.  Starting is not measured: not the loading of the model, nor the start of a pool and of processes, each of which
 has some pages before the clock starts.  Ratios are those within a round, and of these the median, with the least and

