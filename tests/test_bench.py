@@ -332,7 +332,7 @@ def test_each_plan_can_be_built_in_batches_as_large_as_its_cases(name: str, tmp_
     command, onnx_path = gpu_cli.build_command(name, tmp_path, tmp_path, "0")
     parsed = build.make_context("build", command[command.index("build") + 1 :]).params
     assert (parsed["model"], parsed["output"], parsed["gpu"]) == (onnx_path, tmp_path / f"{name}.plan", "0")
-    (profile,) = parsed["profiles"].values()
+    (profile,) = parsed["profiles"][0].values()
     assert profile.min[0] == 1
     assert profile.max[0] >= max(case.max_batch for case in CASES.values() if case.plan == name)
     assert onnx_path.stem in gpu_cli.MADE or name == "ppocr_det"
