@@ -13,7 +13,7 @@ from scripts import demo_pages
 from scripts.demo_pages import Region
 
 MODEL = Path(os.environ.get("TUTORIAL_PLAN") or demo_pages.model_file())
-GPUS = [0] if MODEL.suffix == ".plan" else []
+GPUS = [0] if MODEL.suffix == ".plan" else None
 """A plan that `trtpool build` made of the model runs on a GPU."""
 
 SHAPE = (3, *map(int, os.environ.get("TUTORIAL_SIZE", f"{demo_pages.HEIGHT}x{demo_pages.WIDTH}").split("x")))
