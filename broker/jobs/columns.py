@@ -167,16 +167,21 @@ def parquet_table(rows: ChunkRows, schema: Any) -> Any:
 
 
 def _tensor_column(array: npt.NDArray[Any], errors: Mapping[int, str]) -> Any:
-    """Scalars as they are, other items as fixed-size lists, flattened; null where there is an error."""
+    """Scalars as they are, other items as lists of one length, flattened; null where there is an error.
+
+    Not as fixed-size lists, which pyarrow before 26 writes and cannot read again if some are null.
+    """
     import pyarrow as pa
 
     absent = np.zeros(len(array), bool)
     absent[list(errors)] = True
     if array.ndim == 1:
         return pa.array(array, mask=absent)
+    present = array[~absent] if errors else array
+    ends = np.cumsum(np.where(absent, 0, math.prod(array.shape[1:])))
+    offsets = pa.array(np.concatenate(([0], ends)), pa.int64())
     mask = pa.array(absent) if errors else None
-    flat = pa.array(array.reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, math.prod(array.shape[1:]), mask=mask)
+    return pa.LargeListArray.from_arrays(offsets, pa.array(present.reshape(-1)), mask=mask)
 
 
 def _python(value: Any) -> Any:

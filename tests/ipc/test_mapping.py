@@ -294,7 +294,7 @@ def test_the_pool_ends_meanwhile(pool, client):
     next(stream)
     pool.stop()
     # The former if it was waiting for slots just then.
-    with pytest.raises(PoolClosed, match="is stopping and grants no more slots|was stopped"):
+    with pytest.raises(PoolClosed, match=r"is stopping and grants no more slots|was stopped"):
         for _ in stream:
             pass
 
