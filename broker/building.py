@@ -34,7 +34,8 @@ from trtpool.ipc.errors import ConfigError
 from trtpool.ipc.settings import DEFAULT_BUILD_BATCH, BuildSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings
 
 from .child_lines import last_line
-from .planning import Waiting, child_environment, error_of, is_plan, requests
+from .modules import child_environment
+from .planning import Waiting, error_of, is_plan, requests
 
 TELL_EVERY: Final = 0.25
 """A pool that builds a plan says how far it is each time that this much more is done."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import TypeVar
@@ -14,6 +12,7 @@ import msgspec
 from trtpool.ipc.errors import ModelError
 from trtpool.ipc.process import describe_exit
 
+from .modules import start_module
 from .planning import Waiting
 
 L = TypeVar("L", bound=msgspec.Struct)
@@ -44,14 +43,7 @@ def last_line(
     Raises:
         ModelError: it crashed.
     """
-    child = subprocess.Popen(
-        [sys.executable, "-m", module],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env,
-        cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
-        start_new_session=True,  # Ctrl-C is for us, and ends it
-    )
+    child = start_module(module, env)
     last: L | None = None
     try:
         assert child.stdin is not None

@@ -10,12 +10,11 @@ import contextlib
 import os
 import select
 import subprocess
-import sys
 from typing import Final, NamedTuple
 
 import msgspec
 
-from .planning import child_environment
+from .modules import child_environment, start_module
 from .reserve import Reserve
 
 RESERVE: Final = 16
@@ -62,15 +61,7 @@ class Children:
             fds: what it inherits.
             gpu: the only GPU that it sees.
         """
-        process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            stdin=subprocess.PIPE,
-            stdout=2,
-            pass_fds=fds,
-            env=child_environment(gpu),
-            cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
-            start_new_session=True,  # a Ctrl-C in the terminal is for us: we drain
-        )
+        process = start_module(module, child_environment(gpu), stdout=2, pass_fds=fds)
         pidfd = os.pidfd_open(process.pid)
         self._of[pidfd] = process
         self._epoll.register(pidfd, select.EPOLLIN)

@@ -28,7 +28,8 @@ from trtpool.ipc.settings import BuildSettings, ModelSource, Profile
 from .building import build_plan, cache_root
 from .cli_options import add_options
 from .gpus import gpu_list
-from .planning import child_environment, is_plan
+from .modules import child_environment
+from .planning import is_plan
 
 IO_DTYPES: Final = ("fp32", "fp16", "uint8", "int8")
 PLAIN_EVERY: Final = 0.1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,7 +23,7 @@ from trtpool.ipc.process import describe_exit
 from trtpool.ipc.settings import DEFAULT_MAX_BATCH, GpuInfo, InspectRequest, PoolSettings, Refusal, ShapeRange
 from trtpool.ipc.tensors import ModelSpec
 
-from .gpus import gpu_environment
+from .modules import child_environment, start_module
 
 CPU_LANES: Final = 1
 """Batches that a worker on the CPU runs at once."""
@@ -44,25 +43,6 @@ def error_of(refusal: Refusal) -> TrtpoolError:
     if isinstance(kind, type) and issubclass(kind, TrtpoolError):
         return kind(refusal.text)
     return StartFailed(refusal.text)
-
-
-def child_environment(gpu: str | None = None) -> dict[str, str]:
-    """The environment of our children: they import this very trtpool, and nothing from the current directory.
-
-    Args:
-        gpu: the one GPU that the child sees, as the user names it; None for a child that needs none.
-
-    Raises:
-        DeviceUnavailable: `CUDA_VISIBLE_DEVICES` does not allow that GPU.
-    """
-    package = os.fspath(Path(os.path.abspath(sys.modules["trtpool"].__file__ or "")).parent.parent)
-    path = os.environ.get("PYTHONPATH")
-    return {
-        **os.environ,
-        "PYTHONPATH": package + (os.pathsep + path if path else ""),
-        "PYTHONSAFEPATH": "1",
-        **(gpu_environment(gpu) if gpu is not None else {}),
-    }
 
 
 def is_plan(path: str | os.PathLike[str]) -> bool:
@@ -165,15 +145,7 @@ def _ask(module: str, questions: Sequence[tuple[bytes, dict[str, str]]], waiting
     children: list[subprocess.Popen[bytes]] = []
     try:
         for _, environment in questions:
-            child = subprocess.Popen(
-                [sys.executable, "-m", module],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
-                start_new_session=True,
-            )
-            children.append(child)
+            children.append(start_module(module, environment))
         with waiting():
             answers = [child.communicate(question)[0] for child, (question, _) in zip(children, questions, strict=True)]
     finally:

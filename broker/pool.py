@@ -34,7 +34,8 @@ from trtpool.ipc.settings import (
 from .control import SuperviseConfig
 from .gpus import gpu_list
 from .models import AnyModel, Model, new_source, read_models
-from .planning import child_environment, error_of
+from .modules import child_environment, start_module
+from .planning import error_of
 from .reload.requests import reload
 from .tracing.asking import DEFAULT_BUFFER_MIB, Recording
 from .users import user_ids
@@ -332,15 +333,7 @@ def _start(settings: PoolSettings) -> subprocess.Popen[bytes]:
     read_fd, write_fd = os.pipe2(os.O_CLOEXEC)
     with os.fdopen(read_fd, "rb") as answer:
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "trtpool.broker.supervise"],
-                stdin=subprocess.PIPE,
-                stdout=2,
-                pass_fds=[write_fd],
-                env=child_environment(),
-                cwd="/",  # Python 3.10 looks for modules there first, whatever PYTHONSAFEPATH says
-                start_new_session=True,
-            )
+            process = start_module("trtpool.broker.supervise", child_environment(), stdout=2, pass_fds=[write_fd])
         finally:
             os.close(write_fd)
         assert process.stdin is not None

@@ -116,7 +116,8 @@ class Link:
     def __init__(self, lifeline: socket.socket, description: Description, busy_poll: bool | None = None) -> None:
         self.ended = False
         self._spins = description.busy_poll if busy_poll is None else busy_poll
-        self._spin = Spin(min(description.spin_us, default_spin_us()))  # here may be fewer CPUs than the pool has
+        spin_us = min(description.spin_us, default_spin_us())  # here may be fewer CPUs than the pool has
+        self._spin = Spin(spin_us) if spin_us else None
         self._hearing = Hearing()
         self._buffer = memoryview(bytearray(FRAME_BYTES))
         self._lifeline = lifeline
@@ -184,13 +185,13 @@ class Link:
                 pass
         else:
             timeout_ms = None if timeout_s is None else max(0.0, timeout_s * 1000)
-            if threading.active_count() == 1:  # else who looks would keep the interpreter from the others
+            if self._spin is None or threading.active_count() > 1:  # who looks keeps the interpreter from the others
+                ready = self._poller.poll(timeout_ms)
+            else:
                 limit_ns = None if timeout_ms is None else int(timeout_ms * 1e6)
                 ready = self._spin.wait(
                     lambda: self._poller.poll(0) or None, lambda: self._poller.poll(timeout_ms), limit_ns
                 )
-            else:
-                ready = self._poller.poll(timeout_ms)
         for fd, _ in ready:
             if fd == self._wake:
                 with contextlib.suppress(BlockingIOError):

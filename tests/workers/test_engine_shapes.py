@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from tests.models import COUNTED, FIXED_BATCH, NO_BATCH, SHARED, VARYING, save
 from tests.workers.fake_cuda import FakeRuntime
 from tests.workers.fake_tensorrt import FUNCTIONS, VERSIONS, Tensor, batched, installed, make_module, write_plan
+from tests.workers.runs import batches
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.workers.cuda import Cuda
 from trtpool.workers.engine import Engine, EngineError, Rows
@@ -197,18 +198,6 @@ def numbers(seed: int, *shape: int) -> Array:
     return np.random.default_rng(seed).integers(-9, 9, shape).astype(np.float32)
 
 
-@st.composite
-def batches(draw: st.DrawFn, most: int = MAX_BATCH) -> list[Rows]:
-    """Any runs that do not overlap, in any order, of at most `most` items."""
-    rows, first, left = [], draw(st.integers(0, 2)), most
-    while first < SLOTS and left:
-        items = draw(st.integers(1, min(left, (SLOTS - first) * PER_SLOT)))
-        rows.append(Rows(first, -(-items // PER_SLOT), items))
-        left -= items
-        first += rows[-1].count + draw(st.integers(0, 2))
-    return draw(st.permutations(rows))
-
-
 def count(batch: list[Rows]) -> int:
     return sum(rows.items for rows in batch)
 
@@ -224,7 +213,7 @@ def test_any_batch_of_any_shape(make):
     assert bench.spec.inputs[0].least == (2, 1)
 
     @ANY
-    @given(batch=batches(), size=st.integers(1, 5))
+    @given(batch=batches(SLOTS, PER_SLOT, MAX_BATCH), size=st.integers(1, 5))
     def check(batch: list[Rows], size: int) -> None:
         assert bench.run(batch, {"x": numbers(size, count(batch), 2, size)}) == ((2, size), (size,))
 
@@ -267,7 +256,7 @@ def test_shared_inputs_are_those_of_the_batchs_first_row(make):
     ]  # fmt: skip
 
     @ANY
-    @given(batch=batches(), k=st.integers(-3, 3))
+    @given(batch=batches(SLOTS, PER_SLOT, MAX_BATCH), k=st.integers(-3, 3))
     def check(batch: list[Rows], k: int) -> None:
         bench.run(batch, {"x": numbers(k + 9, count(batch), 3), "k": np.float32(k), "b": numbers(k + 5, 2, 3)})
 
@@ -327,7 +316,7 @@ def test_any_batch_whose_answer_depends_on_the_data(make):
     bench = make("upto", shapes={"x": ((1, 6),), "y": (6,)})
 
     @ANY
-    @given(batch=batches(), size=st.integers(1, 6), data=st.data())
+    @given(batch=batches(SLOTS, PER_SLOT, MAX_BATCH), size=st.integers(1, 6), data=st.data())
     def check(batch: list[Rows], size: int, data: st.DataObject) -> None:
         x = numbers(size, count(batch), size)
         x[:, 0] = data.draw(st.lists(st.integers(1, size), min_size=len(x), max_size=len(x)))

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.models import BFLOAT16, COUNTED, FIXED_BATCH, SHARED, VARYING, save
+from tests.workers.runs import batches
 from trtpool.ipc.errors import MissingExtra, ModelError
 from trtpool.ipc.settings import EngineSettings, ModelSource
 from trtpool.workers.engine import Batch, EngineError, Rows, Shapes, Times
@@ -54,20 +55,8 @@ class Bench:
         return dict(zip(names, self.direct.run(None, arrays), strict=True))
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> list[Rows]:
-    """Any runs that do not overlap, in any order, of at most MAX_BATCH items."""
-    rows, first, left = [], draw(st.integers(0, 2)), MAX_BATCH
-    while first < SLOTS and left:
-        items = draw(st.integers(1, min(left, (SLOTS - first) * PER_SLOT)))
-        rows.append(Rows(first, -(-items // PER_SLOT), items))
-        left -= items
-        first += rows[-1].count + draw(st.integers(0, 2))
-    return draw(st.permutations(rows))
-
-
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(batch=batches(), size=st.integers(1, 5))
+@given(batch=batches(SLOTS, PER_SLOT, MAX_BATCH), size=st.integers(1, 5))
 def test_any_batch_of_any_shape(tmp_path, batch, size):
     bench = Bench(tmp_path, VARYING, shapes={"x": (2, (1, 5))})
     random = np.random.default_rng(size)
