@@ -40,15 +40,18 @@ def loop_type(plain: type[LaneLoop], environ: Mapping[str, str] = os.environ) ->
 
 def _marked(plain: type[LaneLoop], nvtx: Any) -> type[LaneLoop]:
     class MarkedLaneLoop(plain):  # type: ignore[valid-type, misc]  # a base that is told at run time
-        """A loop whose launches are ranges in the domain "trtpool", such as "batch 7.0: 8 items of det".
+        """A loop whose launches are ranges in the domain "trtpool", such as "8 items of det".
 
-        The numbers are the batch's and the attempt's, as in logs and traces.
+        The payload is the batch's number in logs and traces.  The name is without it since nvtx, and the profiler, keep
+        each name that they meet (https://nvidia.github.io/NVTX/python/reference.html).
         """
 
         def _launch(self, job: Job, rows: Sequence[m.Rows]) -> None:
             run = job.run
-            items, name = sum(one.items for one in rows), self._joined.models[run.model].spec.name
-            with nvtx.annotate(f"batch {run.batch}.{run.attempt}: {items} items of {name}", domain=DOMAIN):
+            name = f"{sum(one.items for one in rows)} items of {self._joined.models[run.model].spec.name}"
+            if run.attempt:
+                name += f", attempt {run.attempt + 1}"
+            with nvtx.annotate(name, domain=DOMAIN, payload=run.batch):
                 super()._launch(job, rows)
 
     return MarkedLaneLoop

@@ -24,12 +24,12 @@ class FakeNvtx(SimpleNamespace):
         super().__init__(ranges=[], engine=None)
 
     @contextlib.contextmanager
-    def annotate(self, message: str, domain: str) -> Iterator[None]:
+    def annotate(self, message: str, domain: str, payload: int) -> Iterator[None]:
         before = self._launched()
         try:
             yield
         finally:
-            self.ranges.append((domain, message, self._launched() - before))
+            self.ranges.append((domain, message, payload, self._launched() - before))
 
     def _launched(self) -> int:
         engine: HeldEngine | None = self.engine
@@ -61,7 +61,7 @@ def test_each_launch_is_a_range_that_names_its_batch(nvtx: FakeNvtx, sign: str) 
         rig.close()
         sys.setswitchinterval(interval)
     assert nvtx.ranges == [
-        ("trtpool", "batch 7.2: 4 items of model-0", 1), ("trtpool", "batch 8.0: 1 items of model-0", 1)
+        ("trtpool", "4 items of model-0, attempt 3", 7, 1), ("trtpool", "1 items of model-0", 8, 1)
     ]  # fmt: skip
 
 
