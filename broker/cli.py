@@ -143,7 +143,9 @@ def cli() -> None:
 @build_options
 @add_options(BATCH_OPTIONS)
 @per_model_option("--items-per-slot", 1, 2**20, "Items in a slot [default: 1].")
-@per_model_option("--max-slots-per-producer", 1, 2**24, "Slots that one client may hold [default: all but one batch].")
+@per_model_option(
+    "--max-slots-per-producer", 1, 2**24, "Slots that one client may hold [default: 3/4 of them, or all but a batch]."
+)
 @click.option(
     "--weight",
     type=PerModel(1, 1000),

@@ -399,8 +399,11 @@ def first_short(requests: Iterable[Request]) -> Request | None:
 
 
 def producer_cap(layout: ModelLayout, asked: int) -> int:
-    """Slots of a model that one producer may hold: `asked`, else all but one batch (at least half)."""
+    """Slots of a model that one producer may hold: `asked`, else what leaves over a quarter, and a batch if it can.
+
+    That is at least half.  What is left over is also what can be granted in advance, see `leasing.SURPLUS`.
+    """
     if asked:
         return min(asked, layout.slots)
     batch_slots = -(-layout.max_batch // layout.items_per_slot)
-    return max(layout.slots - batch_slots, -(-layout.slots // 2))
+    return max(layout.slots - max(batch_slots, layout.slots // 4), -(-layout.slots // 2))

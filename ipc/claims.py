@@ -163,9 +163,10 @@ class ModelState:
         spares: claims granted in advance, by a Submit's `again`.
         step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
             will lease as many again.
+        unspent: submissions since a lease took the last spare, or found none.
     """
 
-    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "variation", "varies")
+    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "unspent", "variation", "varies")
 
     def __init__(self, layout: ModelLayout, cap: int) -> None:
         self.inputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.inputs}
@@ -174,8 +175,20 @@ class ModelState:
         self.varies = bool(self.variation)
         self.cap = cap
         self.held = 0
-        self.step = self.steps = 0
+        self.step = self.steps = self.unspent = 0
         self.spares: deque[Claim] = deque()
+
+    def has_surplus(self, in_flight: int) -> bool:
+        """Whether another spare would be one too many; asked at each submission, with how many others are in flight.
+
+        Results, and spares with them, may come several at once, and whoever keeps several in flight takes them all.  So
+        there are too many only if some were left over throughout two rounds of all that is in flight or spare.
+        """
+        self.unspent += 1
+        if self.unspent <= 2 * (len(self.spares) + in_flight):
+            return False
+        self.unspent = 0
+        return bool(self.spares)
 
 
 class Tensors(Mapping[str, npt.NDArray[Any]]):

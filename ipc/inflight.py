@@ -69,9 +69,10 @@ class InFlight:
         gpu: int | None,
         priority: object = None,
     ) -> Submitted:
-        """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slot with the result."""
+        """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slots with the result."""
         state = self._session.models[claim.model_index]
-        again = claim.count if state.steps > 1 and state.step == claim.count and not state.spares else 0
+        in_rhythm = state.steps > 1 and state.step == claim.count
+        again = claim.count if in_rhythm and not state.has_surplus(len(self._pending)) else 0
         return self.submit_again(claim, row, items, deadline_s, again, gpu, priority)
 
     def submit_again(

@@ -69,6 +69,8 @@ class Requests:
             for spare in state.spares:
                 if spare.count == count:
                     state.spares.remove(spare)
+                    if not state.spares:
+                        state.unspent = 0
                     spare.priority = priority
                     spare.leased_ns = time.monotonic_ns()
                     return spare
@@ -90,6 +92,7 @@ class Requests:
         with self._wire.driver:
             self._wire.require_open()
             self._return_spares(state)
+            state.unspent = 0
             coming = self._session.work.coming(model)
             if at_once and state.held + count - coming > state.cap and self._is_only_thread():
                 raise LeaseTooLarge(

@@ -201,7 +201,8 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
             holds if that is more, or fewer if the engine takes no more.
         max_delay_us: how long the oldest item may wait for its batch to fill.  0 never waits: a
             free worker takes what there is, and batches grow by themselves while all are busy.
-        max_slots_per_producer: slots of one model that one client may hold; 0 means all but one batch.
+        max_slots_per_producer: slots of one model that one client may hold; 0 means three quarters, and all but a
+            batch at most (but half at least).
         drain_timeout_s: how long a stopping pool waits for work in flight.
         allow_users: numbers of the users who may attach besides the pool's own.
         batch_timeout_s: how long one batch may run before its worker is taken for hung and killed, and the batch is

@@ -8,11 +8,12 @@ from collections import Counter
 import msgspec
 import pytest
 
-from tests.broker.core_rig import MS, Rig, everything, sent
+from tests.broker.core_rig import MS, Rig, everything, layouts, sent
 from trtpool.broker import core as core_module
 from trtpool.broker import events as e
 from trtpool.broker.dispatch import BRIEF_NS, MAX_TOGETHER
 from trtpool.broker.leasing import SURPLUS
+from trtpool.broker.records import producer_cap
 from trtpool.broker.timers import PRUNE_TIMERS
 from trtpool.ipc import messages as m
 from trtpool.ipc.report import PoolReport
@@ -31,6 +32,24 @@ def rig() -> Rig:
     rig.join(1, 2)
     rig.worker()
     return rig
+
+
+@pytest.mark.parametrize(
+    ("slots", "per_slot", "max_batch", "asked", "cap"),
+    [
+        (16, 1, 4, 0, 12),  # a quarter is left over
+        (4096, 1, 256, 0, 3072),
+        (12, 1, 4, 0, 8),  # a batch, which is more
+        (64, 16, 256, 0, 48),  # of slots
+        (8, 1, 8, 0, 4),  # half, though no batch is
+        (1, 1, 1, 0, 1),
+        (16, 1, 4, 16, 16),
+        (16, 1, 4, 99, 16),
+        (16, 1, 4, 1, 1),
+    ],
+)
+def test_what_one_producer_may_hold(slots, per_slot, max_batch, asked, cap):
+    assert producer_cap(layouts((slots, per_slot, max_batch))[0], asked) == cap
 
 
 def run_of(actions: list[e.Action], peer: int = 10) -> m.Run:

@@ -537,6 +537,42 @@ def test_one_at_a_time_needs_one_message_each_way(client, monkeypatch):
     assert [[type(message) for message in frame] for frame in sent] == 5 * [[m.Release, m.Submit]]
 
 
+def send(client: Client, value: int) -> tuple[Lease, Submitted]:
+    lease = client.lease(timeout_s=NET_S)
+    lease.inputs["x"][...] = value
+    return lease, lease.submit()
+
+
+def in_step(client: Client, turns: int = 5) -> None:
+    """Keep two slots in flight whose results come together; each is released before the next is leased."""
+    in_flight = [send(client, 0) for _ in range(2)]
+    for value in range(1, turns + 1):
+        for _, submitted in in_flight:
+            assert submitted.result(NET_S).outputs["total"] == 4 * (value - 1)
+        for place, (lease, _) in enumerate(in_flight):
+            lease.release()
+            in_flight[place] = send(client, value)
+    for lease, submitted in in_flight:
+        submitted.result(NET_S)
+        lease.release()
+
+
+def test_several_in_flight_are_all_granted_their_next_slots_with_their_results(client, monkeypatch):
+    in_step(client)
+    assert len(client.session.models[0].spares) == 2
+    sent: list[m.Message] = []
+    link = client.session.link
+    monkeypatch.setattr(link, "send", in_turn(sent.extend, link.send))
+    in_step(client)
+    assert {type(message) for message in sent} == {m.Release, m.Submit}
+
+
+def test_spares_that_are_no_longer_used_are_asked_for_no_more(client):
+    in_step(client)
+    rhythm(client, turns=8)
+    assert len(client.session.models[0].spares) == 1
+
+
 def test_a_recall_returns_what_was_granted_in_advance(pool, client):
     """At its next look at the socket, for nobody takes messages in for an idle client."""
     others = [pool.connect() for _ in range(2)]
