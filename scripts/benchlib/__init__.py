@@ -1,4 +1,4 @@
-"""The parts of `scripts/bench.py` and `scripts/bench_broker.py`: for developers, never shipped.
+"""The parts of `scripts/bench.py`, `bench_broker.py` and `bench_control.py`: for developers, never shipped.
 
 ::
 
@@ -13,6 +13,8 @@
         -> sweep_plot
 
     broker_cli -> broker_cost -> broker_rig, which is `scripts/bench_broker.py`
+
+    control_cli -> control -> sweep_run, which is `scripts/bench_control.py`
 
 Rules that every case keeps:
 

@@ -7,7 +7,7 @@ import statistics
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.sharedctypes import Synchronized
@@ -264,8 +264,9 @@ class Sweep:
             **options,
         )
 
-    def measure(self, point: Point, budget: Budget) -> Measured:
-        """Producers come, work, and leave; the pool stays."""
+    @contextlib.contextmanager
+    def producing(self, point: Point) -> Iterator[tuple[trtpool.Pool, Crew, Synchronized[int]]]:
+        """Producers come, and leave; the pool stays.  Yields it with them, and what sets what they do next."""
         pool = self._started(point)
         spec = pool.models[0].spec
         inputs = tuple(Tensor(one.name, str(one.numpy_dtype), tuple(one.shape)) for one in spec.inputs)
@@ -284,6 +285,11 @@ class Sweep:
             for number in range(point.producers)
         ]
         with contextlib.closing(Crew(connects)) as crew:
+            yield pool, crew, mode
+
+    def measure(self, point: Point, budget: Budget) -> Measured:
+        """What a point comes to."""
+        with self.producing(point) as (pool, crew, mode):
             return _measure(pool, crew, mode, budget, SPREAD_S * point.producers)
 
 
