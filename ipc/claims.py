@@ -83,23 +83,19 @@ class Claim:
             self.root_ref = weakref.ref(root)
         return root
 
-    def view(self, plane: Plane, row: int | None) -> npt.NDArray[Any]:
-        """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``.
-
-        `slot` is ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one item, or one of the tensor.
-        """
-        model, spec = self.model, plane.spec
-        if spec.least is not None:
-            return self.variation.view(self, plane, row, done=self.state == DONE)
-        shape = spec.shape
-        if model.items_per_slot > 1 and not spec.shared:
-            shape = (model.items_per_slot, *shape)
+    def view(self, plane: ViewedPlane, row: int | None) -> npt.NDArray[Any]:
+        """Rows of a plane: all of them, shape ``(count, *slot)``, or one, shape ``slot``; see `ViewedPlane.slot`."""
+        if plane.spec.least is not None:
+            return self.variation.view(self, plane.plane, row, done=self.state == DONE)
+        row_bytes = plane.row_bytes
         if row is None:
-            shape = (self.count, *shape)
-        row_bytes = model.row_bytes(plane)
-        offset = plane.offset + (self.first + (row or 0)) * row_bytes
-        self.session.residence.touch(offset, row_bytes if row is not None else self.count * row_bytes)
-        return np.ndarray(shape, spec.numpy_dtype, self.root(), offset)
+            shape, size = (self.count, *plane.slot), self.count * row_bytes
+            offset = plane.offset + self.first * row_bytes
+        else:
+            shape, size = plane.slot, row_bytes
+            offset = plane.offset + (self.first + row) * row_bytes
+        self.session.residence.touch(offset, size)
+        return np.ndarray(shape, plane.dtype, self.root(), offset)
 
     @property
     def variation(self) -> Variation:
@@ -152,6 +148,36 @@ class Claim:
             )
 
 
+class ViewedPlane:
+    """A plane, and what every view of its rows needs, worked out once.
+
+    Attributes:
+        plane: the plane.
+        spec, offset: its.
+        slot: the shape of a slot's array: ``(items_per_slot, *item_shape)``, or ``item_shape`` where slots hold one
+            item, or one of the tensor.
+        row_bytes: of a slot.
+    """
+
+    __slots__ = ("_dtype", "offset", "plane", "row_bytes", "slot", "spec")
+
+    def __init__(self, layout: ModelLayout, plane: Plane) -> None:
+        self.plane = plane
+        self.spec = plane.spec
+        self.offset = plane.offset
+        several = layout.items_per_slot > 1 and not plane.spec.shared
+        self.slot = (layout.items_per_slot, *plane.spec.shape) if several else plane.spec.shape
+        self.row_bytes = layout.row_bytes(plane)
+        self._dtype: np.dtype[Any] | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """That of views; see `TensorSpec.numpy_dtype`, which may raise."""
+        if self._dtype is None:
+            self._dtype = self.spec.numpy_dtype
+        return self._dtype
+
+
 class ModelState:
     """What the client keeps of one model.
 
@@ -169,8 +195,8 @@ class ModelState:
     __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "unspent", "variation", "varies")
 
     def __init__(self, layout: ModelLayout, cap: int) -> None:
-        self.inputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.inputs}
-        self.outputs: dict[str, Plane] = {plane.spec.name: plane for plane in layout.outputs}
+        self.inputs = {plane.spec.name: ViewedPlane(layout, plane) for plane in layout.inputs}
+        self.outputs = {plane.spec.name: ViewedPlane(layout, plane) for plane in layout.outputs}
         self.variation = Variation(layout)
         self.varies = bool(self.variation)
         self.cap = cap
@@ -197,7 +223,7 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
     __slots__ = ("_claim", "_planes", "_row", "_state", "_valid")
 
     def __init__(
-        self, claim: Claim, planes: dict[str, Plane], state: int, row: int | None, valid: Result | None = None
+        self, claim: Claim, planes: dict[str, ViewedPlane], state: int, row: int | None, valid: Result | None = None
     ) -> None:
         self._claim = claim
         self._planes = planes
@@ -226,7 +252,9 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
         if claim.model.items_per_slot > 1 and not plane.spec.shared:
             leading = (*leading, claim.model.items_per_slot)
         given = check_array(plane.spec, array, leading)
-        self.shaped(name, given.shape[len(leading) :])[...] = given
+        if plane.spec.least is not None:
+            claim.variation.set_shape(claim, plane.plane, self._row, given.shape[len(leading) :])
+        claim.view(plane, self._row)[...] = given
 
     def shaped(self, name: str, shape: Sequence[int]) -> npt.NDArray[Any]:
         """An input to write in place, for items of `shape`, which goes out with the submission.
@@ -245,7 +273,7 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
         """
         claim, plane = self._claim, self._plane(name)
         self._require_inputs(name)
-        claim.variation.set_shape(claim, plane, self._row, tuple(map(operator.index, shape)))
+        claim.variation.set_shape(claim, plane.plane, self._row, tuple(map(operator.index, shape)))
         return self[name]
 
     def _require_inputs(self, name: str) -> None:
@@ -253,7 +281,7 @@ class Tensors(Mapping[str, npt.NDArray[Any]]):
             raise InvalidInput(f"{name!r} is an output, which the model writes; copy it to change it")
         self._claim.require(LEASED)
 
-    def _plane(self, name: str) -> Plane:
+    def _plane(self, name: str) -> ViewedPlane:
         plane = self._planes.get(name)
         if plane is None:
             raise InvalidInput(f"the model has no tensor {name!r} here; it has {', '.join(map(repr, self._planes))}")
