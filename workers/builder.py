@@ -19,6 +19,7 @@ from trtpool.ipc.settings import BuildSettings
 from . import build_onnx
 from .build_network import Network, is_strongly_typed
 from .build_normalize import resolve
+from .build_profiles import make_profiles
 from .build_progress import Say
 from .build_rewrite import change
 from .build_target import find_target
@@ -57,7 +58,7 @@ def build(request: BuildRequest, say: Say) -> PlanRecord:
     given = build_onnx.inputs(model)
     resolved = msgspec.structs.replace(request.build, normalize=resolve(model, request.build.normalize))
     profiles = [
-        build_onnx.make_profiles(
+        make_profiles(
             given,
             {**request.build.profiles, **more},
             request.shapes,
