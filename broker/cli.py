@@ -24,7 +24,8 @@ from trtpool.ipc.remote import connect
 from trtpool.ipc.settings import DEFAULT_RECALL_TIMEOUT_S, EngineSettings, ShapeRange
 
 from . import supervisor
-from .cli_build import build, build_options
+from .cli_build import build
+from .cli_build_options import build_options
 from .cli_logs import log_options
 from .cli_options import ENGINE_OPTIONS, add_options, pool_options
 from .cli_top import top

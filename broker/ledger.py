@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeAlias
 
 import msgspec
@@ -31,6 +30,7 @@ from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Post
 from . import events as e
 from .core import Core
 from .journal import MAX_LOST_ZEROS, REQUEST_BYTES, Journal, Kind
+from .mail import Mail, SavedMail, frames_of
 from .snapshot import restore, save
 
 Told: TypeAlias = (
@@ -51,74 +51,10 @@ _TURN: Final = int(Kind.TURN)
 _NUMBERS: Final[dict[type[Any], int]] = {kind: number for number, kind in enumerate(_TOLD)}
 
 
-@dataclass
-class Mail:
-    """What was sent to one peer.
-
-    Attributes:
-        made: frames that were made for it.
-        unsent: the last of these, which wait, or which it has perhaps not been sent.
-        worker: the supervisor's number for it, if it is a worker.
-        post: what it has not said it heard, `unsent` included, and what it was told that we heard; None for one that
-            talks over its lifeline.
-    """
-
-    made: int = 0
-    unsent: deque[bytes] = field(default_factory=deque)
-    worker: int | None = None
-    post: Post | None = None
-
-    @property
-    def zmq(self) -> bool:
-        """Whether its messages go over ZeroMQ."""
-        return self.post is not None
-
-    @property
-    def kept(self) -> deque[bytes]:
-        """Frames that are kept for it."""
-        return self.unsent if self.post is None else self.post.unheard
-
-    @property
-    def said(self) -> int:
-        """How many frames it has certainly been sent."""
-        return self.made - len(self.unsent)
-
-    def add(self, frames: list[bytes]) -> None:
-        """Frames for it."""
-        self.made += len(frames)
-        self.unsent += frames
-        if self.post is not None:
-            self.post.keep(frames)
-
-    def hear_of(self, heard: int) -> None:
-        """It has had so many.
-
-        Raises:
-            ProtocolError: so many were not made.
-        """
-        assert self.post is not None
-        self.post.drop(heard)
-        for _ in range(len(self.unsent) - len(self.post.unheard)):
-            self.unsent.popleft()
-
-    def clear(self) -> None:
-        """It reads nothing any more."""
-        self.unsent.clear()
-        if self.post is not None:
-            self.post.unheard.clear()
-
-
-class _SavedMail(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
-    made: int
-    unsent: list[bytes]
-    worker: int | None
-    zmq: tuple[int, int] | None
-
-
 class _Saved(msgspec.Struct, array_like=True, frozen=True, forbid_unknown_fields=True, gc=False):
     next_peer: int
     core: bytes
-    mail: dict[int, _SavedMail]
+    mail: dict[int, SavedMail]
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -263,15 +199,14 @@ class Ledger:
         Raises:
             JournalFull: that is too much, and nothing changed; see `weight`.
         """
-        saved = {peer: _save_mail(one) for peer, one in self.mail.items()}
+        saved = {peer: one.save() for peer, one in self.mail.items()}
         self.journal.replace(_encode(_Saved(self.next_peer, save(self.core), saved)))
         self._writing = True
 
     def weight(self, peer: int) -> int:
         """About how many bytes less there would be to write if a producer was cut off."""
         mail, producer = self.mail.get(peer, Mail()), self.core.producers.get(peer)
-        kept = mail.unsent if mail.post is None else mail.post.unheard
-        return sum(map(len, kept)) + (0 if producer is None else REQUEST_BYTES * producer.waiting)
+        return sum(map(len, mail.kept)) + (0 if producer is None else REQUEST_BYTES * producer.waiting)
 
     def _end_turn(self, now_ns: int) -> tuple[list[int], list[e.Action]]:
         self.core.end_turn(now_ns)
@@ -289,7 +224,7 @@ class Ledger:
                 mail.made += 1
                 mail.unsent.append(frame)
             else:
-                mail.add(_frames(some))
+                mail.add(frames_of(some))
         self._owed.clear()
         return list(messages), rest
 
@@ -317,7 +252,7 @@ class Ledger:
             restore(self.core, saved.core)
             self.next_peer = saved.next_peer
             for peer, one in saved.mail.items():
-                self.mail[peer] = _restore_mail(one)
+                self.mail[peer] = Mail.restore(one)
         rest: list[e.Action] = []
         for record in self.journal.records():
             if record.kind == Kind.TURN:
@@ -368,31 +303,6 @@ class Ledger:
         for action in actions:
             if isinstance(action, e.Forget):
                 self.forget(action.peer)
-
-
-def _save_mail(mail: Mail) -> _SavedMail:
-    post = mail.post
-    if post is None:
-        return _SavedMail(mail.made, list(mail.unsent), mail.worker, None)
-    return _SavedMail(mail.made, list(post.unheard), None, (post.heard, post.told))
-
-
-def _restore_mail(saved: _SavedMail) -> Mail:
-    mail = Mail(saved.made, deque(saved.unsent), saved.worker)
-    if saved.zmq is not None:
-        post = mail.post = Post()
-        post.heard, post.told = saved.zmq
-        post.made, post.unheard = saved.made, deque(saved.unsent)
-    return mail
-
-
-def _frames(messages: list[m.FromBroker]) -> list[bytes]:
-    """Messages in one frame, or in as many as it takes."""
-    frame = m.encode(messages)
-    if len(frame) <= FRAME_BYTES or len(messages) == 1:
-        return [frame]
-    middle = len(messages) // 2
-    return _frames(messages[:middle]) + _frames(messages[middle:])
 
 
 def _trim(torn: bytes) -> bytes:

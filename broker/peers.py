@@ -25,7 +25,8 @@ from . import control as c
 from . import events as e
 from .control_socket import ControlSocket
 from .doorman import Doorman
-from .ledger import Ledger, Mail
+from .ledger import Ledger
+from .mail import Mail
 
 log = logging.getLogger("trtpool.broker")
 

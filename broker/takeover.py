@@ -21,7 +21,8 @@ from . import events as e
 from .admission import Admission
 from .doorman import Doorman
 from .inheritance import Inheritance, Kept
-from .ledger import Ledger, Mail
+from .ledger import Ledger
+from .mail import Mail
 from .outboxes import Outboxes
 from .peers import Peer, Peers, shut
 from .turn_end import TurnEnd

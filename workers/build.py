@@ -29,7 +29,8 @@ from trtpool.ipc.logs import set_up_logging
 from trtpool.ipc.process import only_answer, tie_to_parent
 from trtpool.ipc.settings import Refusal
 
-from .build_rewrite import Say, rewrite
+from .build_progress import Say
+from .build_rewrite import rewrite
 from .builder import build, describe
 
 

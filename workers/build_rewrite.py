@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,7 @@ from trtpool.ipc.settings import BuildSettings
 
 from . import build_onnx
 from .build_normalize import normalize_inputs, resolve
-
-Say = Callable[[Line], None]
+from .build_progress import Say
 
 
 def change(model: Any, options: BuildSettings, say: Say, *, converted: bool) -> bool:

@@ -56,7 +56,12 @@ class Flavour(NamedTuple):
     version: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{_TITLES[self.name]} {'.'.join(map(str, self.version))}"
+        return f"{_TITLES[self.name]} {self.dotted}"
+
+    @property
+    def dotted(self) -> str:
+        """The version, such as ``"10.13.0.35"``."""
+        return ".".join(map(str, self.version))
 
 
 def load_flavour(wanted: str, header: bytes | None = None, *, build: bool = False) -> Flavour:

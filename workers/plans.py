@@ -49,8 +49,8 @@ class Plan:
     def __init__(self, source: ModelSource, settings: EngineSettings, cuda: Cuda) -> None:
         self._cuda = cuda
         self._path = Path(os.path.abspath(source.path))
-        self._flavour, self._engine = _load(self._path, settings, cuda)
-        self._trt: Any = self._flavour.module
+        flavour, self._engine = _load(self._path, settings, cuda)
+        self._trt: Any = flavour.module
         self.description = describe(self._engine, self._trt, self._path, source.name, settings, self._ask)
 
     @property
@@ -61,11 +61,6 @@ class Plan:
     def close(self) -> None:
         """Let go of the plan; its contexts keep it until they end."""
         self._engine = None
-
-    @property
-    def version(self) -> str:
-        """The TensorRT that runs it, such as ``"TensorRT 10.16.1.11"``."""
-        return str(self._flavour)
 
     def new_context(self, stream: Any, profile: int = 0) -> Context:
         """An execution context with memory of its own, for use on `stream` with an optimization profile.

@@ -12,7 +12,7 @@ import click
 import msgspec
 
 from trtpool.broker.building import is_intact, record_of
-from trtpool.broker.cli_build import parse_normalize
+from trtpool.broker.cli_build_options import parse_normalize
 from trtpool.broker.cli_options import parse_gpus, parse_shapes
 from trtpool.broker.jobs.images import FITS, ImageOptions
 from trtpool.broker.models import Model

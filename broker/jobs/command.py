@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 import msgspec
 
-from trtpool.broker.cli_build import build_options
+from trtpool.broker.cli_build_options import build_options
 from trtpool.broker.cli_options import ENGINE_OPTIONS, add_options
 from trtpool.broker.cli_types import BATCH_OPTIONS, split
 from trtpool.ipc.errors import ConfigError, ModelError

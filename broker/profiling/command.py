@@ -12,7 +12,7 @@ import msgspec
 from rich.console import Console
 
 from trtpool import __version__
-from trtpool.broker.cli_build import build_options
+from trtpool.broker.cli_build_options import build_options
 from trtpool.broker.cli_options import flavour_option, host_code_option, parse_gpus, parse_shapes
 from trtpool.broker.modules import child_environment
 from trtpool.broker.planning import is_plan, probe, requests

@@ -20,7 +20,7 @@ from trtpool.ipc.errors import ConfigError, PoolBusy, PoolClosed, ProtocolError
 from . import records
 from .chrome import Trace, write
 from .requests import TraceEnd, TraceOver, TraceRequest, Tracing
-from .story import Story
+from .telling import tell
 
 DEFAULT_BUFFER_MIB: Final = 32
 MAX_BUFFER_MIB: Final = records.MAX_BYTES >> 20
@@ -101,7 +101,7 @@ class Recording:
             if not self._over:
                 self._end()
             written = records.read(self._fd)
-            story = Story.of(written.records, written.closed_ns)
+            story = tell(written.records, written.closed_ns)
             try:
                 self.trace = write(story, self._output, written.dropped, self._over)
             except OSError as error:

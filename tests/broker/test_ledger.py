@@ -16,7 +16,8 @@ from trtpool.broker import events as e
 from trtpool.broker.core import Core
 from trtpool.broker.invariants import validate
 from trtpool.broker.journal import Journal, JournalFull, Kind
-from trtpool.broker.ledger import Ledger, Mail, _trim
+from trtpool.broker.ledger import Ledger, _trim
+from trtpool.broker.mail import Mail
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ProtocolError
 from trtpool.ipc.pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post

@@ -22,6 +22,7 @@ from trtpool.broker.tracing.chrome import NAMELESS_PID, Trace, write
 from trtpool.broker.tracing.records import MIN_BYTES, Joined, Opening, Writer, create, read
 from trtpool.broker.tracing.story import Execution, Slice, Story
 from trtpool.broker.tracing.tap import Tap
+from trtpool.broker.tracing.telling import tell
 from trtpool.broker.tracing.tracer import Tracer
 from trtpool.broker.tracing.tracks import lanes_of, rows_of
 from trtpool.ipc import messages as m
@@ -65,7 +66,7 @@ class TracedRig(Rig):
         try:
             written = read(self.fd)
             self.dropped = written.dropped
-            return Story.of(written.records, written.closed_ns)
+            return tell(written.records, written.closed_ns)
         finally:
             os.close(self.fd)
             self.fd = -1
@@ -366,7 +367,7 @@ def test_what_another_version_wrote_is_refused() -> None:
         writer.close(1)
         writer.close(2)
         with pytest.raises(ProtocolError, match="same version"):
-            Story.of(*read(fd)[::2])
+            tell(*read(fd)[::2])
     finally:
         os.close(fd)
 

@@ -310,7 +310,7 @@ def check_allocator(module: Any) -> None:
 def test_the_real_builder_has_what_building_uses():
     module = pytest.importorskip("tensorrt_rtx", exc_type=ImportError)
     assert missing(module, BUILDER) == []
-    assert not hasattr(module.BuilderFlag, "FP16")  # else the table in workers/builder.py is out of date
+    assert not hasattr(module.BuilderFlag, "FP16")  # else the table in workers/build_network.py is out of date
 
 
 def test_a_real_logger_hears_its_library():
