@@ -62,7 +62,7 @@ def per_model_option(
 
 
 BATCH_OPTIONS: Final = (
-    per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch]."),
+    per_model_option("--slots", 1, 2**24, "Slots [default: from workers and batch, and 16 MiB of small items]."),
     per_model_option(
         "--max-batch", 1, 2**24, "Items in the largest batch [default: 8, or a slot's; on GPUs the plan's largest]."
     ),

@@ -37,6 +37,12 @@ Waiting = Callable[[], AbstractContextManager[None]]
 """Entered while a child is waited for; it may raise, and the child is ended."""
 
 
+SMALL_BYTES: Final = 16 << 20
+SMALL_SLOTS: Final = 4096
+"""Models of small items have so many slots by default, within so many bytes: then several producers can keep runs of
+many items in flight, and be granted the next in advance, of which the broker gives out an eighth of the slots."""
+
+
 def error_of(refusal: Refusal) -> TrtpoolError:
     """The error that another of our processes reports."""
     kind = getattr(errors, refusal.kind, None)
@@ -212,4 +218,5 @@ def _plan_model(settings: PoolSettings, spec: ModelSpec) -> ModelPlan:
         max_batch = limit if settings.gpus else min(max_batch, limit)
     lanes = settings.engine.lanes if settings.gpus else CPU_LANES
     items = ((lanes + 1) * worker_count(settings) + 2) * max_batch
-    return ModelPlan(spec, settings.slots or -(-items // per_slot), per_slot, max_batch)
+    many = min(SMALL_SLOTS, SMALL_BYTES // (per_slot * spec.item_bytes))
+    return ModelPlan(spec, settings.slots or max(-(-items // per_slot), many), per_slot, max_batch)

@@ -195,7 +195,7 @@ class PoolSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
         build: how ONNX files are built for the GPU.
         huge_pages: put the arena on huge pages, if the host has enough of them.
         slots: slots for each model; 0 means ``(lanes + 1) * max_batch`` items for each worker and two
-            batches more for producers.
+            batches more for producers, or if that is more as many as 16 MiB hold, up to 4096.
         items_per_slot: items in each slot.
         max_batch: largest batch in items; at least `items_per_slot`; 0 means 8, or as many as one slot
             holds if that is more, or fewer if the engine takes no more.

@@ -26,9 +26,11 @@ def settings(*names: str, shapes: dict[str, ShapeRange] | None = None, lanes: in
     return PoolSettings(models=sources, run_dir="/run/p", engine=engine, **options)
 
 
-def spec(name: str = "det", limit: int = 0) -> ModelSpec:
-    """An item takes 40 bytes."""
-    return ModelSpec(name, "/m", (TensorSpec("x", "float32", (8,)),), (TensorSpec("y", "float64", ()),), limit)
+IMAGE = (3, 1024, 1024)
+
+
+def spec(name: str = "det", limit: int = 0, shape: tuple[int, ...] = IMAGE) -> ModelSpec:
+    return ModelSpec(name, "/m", (TensorSpec("x", "float32", shape),), (TensorSpec("y", "float64", ()),), limit)
 
 
 # --- Shapes --------------------------------------------------------------------------------------
@@ -158,6 +160,24 @@ def test_slots_and_batches_by_default(options, limit, slots, max_batch):
     assert model.items_per_slot == options.get("items_per_slot", 1)
 
 
+@pytest.mark.parametrize(
+    ("options", "numbers", "slots"),
+    [
+        ({}, 2, 4096),
+        ({}, 1022, 4096),
+        ({}, 2046, 2048),  # 8 KiB an item, of 16 MiB
+        ({}, 2**16, 63),
+        ({}, 2**17, 32),  # what workers and producers need, as of larger ones
+        ({"items_per_slot": 64}, 62, 1024),  # a slot takes 16 KiB
+        ({"gpus": ("0",), "max_batch": 64}, 2**14, 6 * 64),
+        ({"slots": 5}, 2, 5),
+    ],
+)
+def test_models_of_small_items_have_many_slots_by_default(options, numbers, slots):
+    (model,) = lay_out(settings(**options), [spec(shape=(numbers,))]).models
+    assert model.slots == slots
+
+
 def test_each_model_has_slots_of_its_own():
     layout = lay_out(settings("a", "b"), [spec("a"), spec("b", limit=1)])
     assert [(model.spec.name, model.slots) for model in layout.models] == [("a", 32), ("b", 4)]
@@ -178,10 +198,10 @@ def test_more_than_a_model_takes_is_refused(options, words):
 
 
 def test_for_huge_pages_the_arena_is_a_whole_number_of_them():
-    models = [spec("a"), spec("b")]
-    small = lay_out(settings("a", "b"), models)
+    models = [spec("a", shape=(8,)), spec("b", shape=(8,))]
+    small = lay_out(settings("a", "b", slots=32), models)
     assert small.segment_bytes == 4 * 4096
-    huge = lay_out(settings("a", "b", huge_pages=True), models)
+    huge = lay_out(settings("a", "b", slots=32, huge_pages=True), models)
     assert huge.segment_bytes == 2 << 20
     assert huge.models == small.models
     exact = lay_out(settings("a", slots=1 << 20, huge_pages=True), models[:1])
