@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import time
 from collections.abc import Mapping, Sequence
@@ -111,8 +112,12 @@ class Source:
 def sample(output: Array, slots: int) -> npt.NDArray[np.float64]:
     """A few numbers of each slot's result, shape ``(slots, SAMPLES)`` or less."""
     flat = output.reshape(slots, -1)
-    picks = np.linspace(0, flat.shape[1] - 1, min(SAMPLES, flat.shape[1])).astype(np.intp)
-    return flat[:, picks].astype(np.float64)
+    return flat[:, _picks(flat.shape[1])].astype(np.float64)
+
+
+@functools.cache
+def _picks(numbers: int) -> npt.NDArray[np.intp]:
+    return np.linspace(0, numbers - 1, min(SAMPLES, numbers)).astype(np.intp)
 
 
 class Expected:
