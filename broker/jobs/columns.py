@@ -18,7 +18,7 @@ import numpy.typing as npt
 from trtpool.ipc.errors import ConfigError, InvalidInput
 from trtpool.ipc.tensors import TensorSpec
 
-from .sources import pyarrow_parquet
+from .tables import pyarrow_parquet
 
 ROW: Final = "row"
 KEY: Final = "key"

@@ -32,7 +32,7 @@ from trtpool.ipc.remote import connect
 from . import columns, wire
 from .functions import Arrays, make_decoder, make_post, reason, schema_of
 from .images import ImageOptions
-from .sources import Item, Reader
+from .reading import Item, Reader
 
 _log = logging.getLogger(__name__)
 

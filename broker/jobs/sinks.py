@@ -20,7 +20,7 @@ from trtpool.ipc.errors import ConfigError
 from .columns import ArrayHead
 from .footers import MAGIC, TAIL_BYTES, moved
 from .journal import Entry
-from .sources import pyarrow_parquet
+from .tables import pyarrow_parquet
 from .wire import Chunk
 
 DATA: Final = "data"

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trtpool.broker.jobs import columns, footers, images, sinks, sources, wire
+from trtpool.broker.jobs import columns, footers, images, reading, sinks, sources, tables, wire
 from trtpool.broker.jobs.crew import Dealer
 from trtpool.broker.jobs.functions import BuiltInDecoder, load_function
 from trtpool.broker.jobs.journal import Entry, JobFolder, JobRecord, JobSettings
@@ -78,7 +78,7 @@ def test_chunks_hold_every_row_once_and_none_spans_row_groups(tmp_path: Path) ->
     assert inputs.rows == 50
     assert [row for c in chunks for row in range(c.first, c.first + c.count)] == list(range(50))
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
-    reader = sources.Reader("parquet", {"x": "x"})
+    reader = reading.Reader("parquet", {"x": "x"})
     read = [(item.key, int(value())) for chunk in chunks for item, value in reader.rows(chunk)]
     assert read == [(f"{tmp_path}/{name}.parquet#{row}", row) for name in "ab" for row in range(25)]
 
@@ -95,16 +95,16 @@ def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
 def test_values_of_parquet_columns() -> None:
     array = np.arange(12, dtype=np.float32)
     fixed = pa.FixedSizeListArray.from_arrays(pa.array(array), 4)[1:]
-    assert sources.column_value(fixed[0]).tolist() == [4, 5, 6, 7]
-    assert np.shares_memory(sources.column_value(fixed[0]), array), "it is copied"
-    assert sources.column_value(pa.array([[[1, 2], [3, 4]]])[0]).tolist() == [[1, 2], [3, 4]]
+    assert tables.column_value(fixed[0]).tolist() == [4, 5, 6, 7]
+    assert np.shares_memory(tables.column_value(fixed[0]), array), "it is copied"
+    assert tables.column_value(pa.array([[[1, 2], [3, 4]]])[0]).tolist() == [[1, 2], [3, 4]]
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(array.reshape(2, 6))
-    assert sources.column_value(tensors[1]).tolist() == [6, 7, 8, 9, 10, 11]
-    assert sources.column_value(pa.array([b"png"])[0]).to_pybytes() == b"png"
-    assert sources.column_value(pa.array([{"bytes": b"png", "path": "a"}])[0]).to_pybytes() == b"png"
+    assert tables.column_value(tensors[1]).tolist() == [6, 7, 8, 9, 10, 11]
+    assert tables.column_value(pa.array([b"png"])[0]).to_pybytes() == b"png"
+    assert tables.column_value(pa.array([{"bytes": b"png", "path": "a"}])[0]).to_pybytes() == b"png"
     for bad in (pa.array([None, b"x"])[0], pa.array([[1, None]])[0], pa.array([[[1], [2, 3]]])[0]):
         with pytest.raises(InvalidInput):
-            sources.column_value(bad)
+            tables.column_value(bad)
 
 
 def test_which_column_feeds_which_input(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_which_column_feeds_which_input(tmp_path: Path) -> None:
     inputs = find(tmp_path)
 
     def choose(wanted: list[tuple[str, str]], *names: str) -> dict[str, str]:
-        return sources.choose_columns(inputs, wanted, names, any_type=False)
+        return sources.choose(inputs, wanted, names, any_type=False)
 
     assert choose([], "ids") == {"ids": "ids"}
     assert choose([("", "pic")], "x") == {"x": "pic"}
@@ -231,11 +231,11 @@ def test_what_is_no_image_input_or_does_not_fit_it_is_refused() -> None:
 def test_arrays_are_copied_cast_and_checked() -> None:
     model = ModelSpec("m", "/m", (VECTOR,), (VECTOR,))
     decode, out = BuiltInDecoder(model, images.ImageOptions()), np.zeros(4, np.float32)
-    decode(sources.Item(0, "a", np.arange(4)), {"y": out})
+    decode(reading.Item(0, "a", np.arange(4)), {"y": out})
     assert out.tolist() == [0, 1, 2, 3]
     for bad in (np.zeros(5), np.zeros(4, complex), "text"):
         with pytest.raises(InvalidInput):
-            decode(sources.Item(0, "a", bad), {"y": out})
+            decode(reading.Item(0, "a", bad), {"y": out})
 
 
 @pytest.mark.parametrize("dotted", ["math", "math:", "no_such_module:f", "math:no_such", "math:pi"])
