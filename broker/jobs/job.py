@@ -17,7 +17,7 @@ from .images import ImageWriter, complete, describe, image_layout
 from .journal import JobFolder, JobRecord, JobSettings
 from .produce import ProducerConfig
 from .sinks import open_sink
-from .sources import Inputs, check_unchanged, choose
+from .sources import Inputs, check_unchanged, choose, holds_images
 from .work import JobOptions, Outcome, Show, Work
 
 CHUNK_BYTES: Final = 16 * 1024 * 1024
@@ -149,7 +149,7 @@ class Job:
         if not settings.decode:
             if len(names) > 1 and not columns:
                 raise ConfigError(f"the model has the inputs {', '.join(names)}; name a function with --decode")
-            if inputs.kind == "files":
+            if holds_images(inputs, columns):
                 ImageWriter(spec.inputs[0], image)  # says what does not fit
                 self._show.say(f"images: {describe(image, spec.inputs[0])}")
         share = (model.slots - model.max_batch) // self._options.producers

@@ -5,14 +5,19 @@ What is read is mapped, not copied, where the format allows it: rows of a `.npy`
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trtpool.ipc.errors import InvalidInput
+
+from .members import Shard, member_value
+from .shards import member_of
 from .tables import column_value, pyarrow_parquet
-from .wire import Chunk
+from .wire import Chunk, Sample
 
 
 class Item(NamedTuple):
@@ -20,9 +25,11 @@ class Item(NamedTuple):
 
     Attributes:
         row: its number, counted from 0 over all inputs.
-        key: the file, or ``FILE#ROW`` for a row of a Parquet or `.npy` file.
+        key: the file; ``FILE#ROW`` for a row of a Parquet or `.npy` file; ``SHARD#MEMBER`` for a member of a tar shard,
+            without its suffix if there are several for a row.
         value: a `pathlib.Path`; a row of a `.npy` file as a read-only array; from Parquet an array, a `pyarrow.Buffer`
-            (binary columns), a string, or with several ``--column`` a dict of these by input name.
+            (binary columns), a string; from a tar shard an array (`.npy`) or `bytes`; with several ``--column`` a dict
+            of these by input name.
     """
 
     row: int
@@ -35,13 +42,13 @@ class Reader:
 
     Args:
         kind: as in `Inputs`.
-        columns: Parquet columns by model input.
+        columns: by model input, as `sources.choose` gives them.
     """
 
     def __init__(self, kind: str, columns: dict[str, str]) -> None:
         self._columns = columns
         self._open: tuple[tuple[str, int], Any] | None = None  # what was read last: a file, or a row group of one
-        self._rows = {"files": self._files, "npy": self._npy, "parquet": self._parquet}[kind]
+        self._rows = {"files": self._files, "npy": self._npy, "parquet": self._parquet, "tar": self._tar}[kind]
 
     def rows(self, chunk: Chunk) -> Iterator[tuple[Item, Callable[[], Any]]]:
         """Each row without its value, and what gives the value.
@@ -78,8 +85,32 @@ class Reader:
 
         return self._stored(chunk, value)
 
+    def _tar(self, chunk: Chunk) -> Iterator[tuple[Item, Callable[[], Any]]]:
+        def value(sample: Sample) -> Any:
+            if sample.broken:
+                raise InvalidInput(sample.broken)
+            shard = self._kept((chunk.path, 0), lambda: Shard(chunk.path))
+            values = {}
+            for name, column in self._columns.items():
+                member = member_of(sample, column)
+                values[name] = member_value(member.suffix, shard.read(member))
+            return values if len(values) > 1 else next(iter(values.values()))
+
+        for offset, sample in enumerate(chunk.samples):
+            item = Item(chunk.first + offset, self._member_key(chunk.path, sample), None)
+            yield item, lambda sample=sample: value(sample)  # type: ignore[misc]
+
+    def _member_key(self, path: str, sample: Sample) -> str:
+        name = sample.key
+        if len(self._columns) == 1:
+            with contextlib.suppress(InvalidInput):  # without the member, its sample must do
+                name += f".{member_of(sample, *self._columns.values()).suffix}"
+        return f"{path}#{name}" if name else path
+
     def _kept(self, key: tuple[str, int], read: Callable[[], Any]) -> Any:
         if self._open is None or self._open[0] != key:
+            if self._open is not None and isinstance(self._open[1], Shard):
+                self._open[1].close()
             self._open = None  # before the next is read, so that there are never two
             self._open = key, read()
         return self._open[1]

@@ -1,46 +1,45 @@
-"""Where rows come from: image or other files, Parquet columns, `.npy` arrays.
+"""Where rows come from: image or other files, Parquet columns, `.npy` arrays, samples of tar shards.
 
 The parent finds the inputs and deals their rows out as chunks, which producers read (`reading`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 import msgspec
 import numpy as np
 
-from trtpool.ipc.errors import ConfigError
+from trtpool.ipc.errors import ConfigError, InvalidInput
 
+from .kinds import kind_of
+from .shards import choose_members, is_kind, list_shards, member_of
 from .tables import choose_columns, pyarrow_parquet
-from .wire import Chunk
-
-IMAGE_SUFFIXES: Final = frozenset(
-    f".{name}"
-    for name in (
-        *("jpg", "jpeg", "jpe", "png", "webp", "bmp", "dib", "gif", "tif", "tiff", "jp2", "j2k"),
-        *("ppm", "pgm", "pbm", "pnm", "tga", "ico", "avif"),
-    )
-)
-PARQUET_SUFFIXES: Final = frozenset((".parquet", ".pq"))
-NPY_SUFFIXES: Final = frozenset((".npy",))
+from .wire import Chunk, Sample
 
 
 class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file of rows, as it was when the job was planned; `groups` are the rows of each row group, or of it all."""
+    """A file of rows, as it was when the job was planned.
+
+    Attributes:
+        path, bytes, mtime_ns: the file.
+        groups: the rows of each row group, or of it all.
+        samples: the rows of a tar shard.
+    """
 
     path: str
     bytes: int
     mtime_ns: int
     groups: tuple[int, ...]
+    samples: tuple[Sample, ...] = ()
 
 
 class Inputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All rows of a job: `kind` is "files", with `paths`, or "parquet" or "npy", with `stored`."""
+    """All rows of a job: `kind` is "files", with `paths`, or "parquet", "npy" or "tar", with `stored`."""
 
     kind: str
     paths: tuple[str, ...] = ()
@@ -64,7 +63,8 @@ class Inputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             for group, rows in enumerate(file.groups):
                 for start in range(0, rows, most):
                     count = min(most, rows - start)
-                    yield Chunk(number, first, count, file.path, group_at + start, group, group_at)
+                    samples = file.samples[start : start + count]
+                    yield Chunk(number, first, count, file.path, group_at + start, group, group_at, samples=samples)
                     number, first = number + 1, first + count
                 group_at += rows
 
@@ -72,13 +72,17 @@ class Inputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # ---------------------------------------------------------------------------------- finding
 
 
-def find(wanted: Sequence[str], read_list: Callable[[], bytes], *, any_file: bool) -> Inputs:
+def find(
+    wanted: Sequence[str], read_list: Callable[[], bytes], *, any_file: bool, columns: Iterable[str] = ()
+) -> Inputs:
     """The rows that ``--input`` means.
 
     Args:
         wanted: files, globs, folders, ``-`` for a list of files.
         read_list: gives that list, one a line, or separated by NUL.
-        any_file: take every file of a folder; else those of one kind that is known: images, Parquet, `.npy`.
+        any_file: take every file of a folder, and every member of a shard; else those of one kind that is known:
+            images, Parquet, `.npy`, tar shards.
+        columns: from ``--column``.
 
     Raises:
         ConfigError: there is nothing, or not of one kind.
@@ -105,7 +109,7 @@ def find(wanted: Sequence[str], read_list: Callable[[], bytes], *, any_file: boo
     for path in paths:
         if not path.isprintable():
             raise ConfigError(f"the file name {path!r} is no text that results can name; rename the file")
-    return _of_kind(paths)
+    return _of_kind(paths, columns, any_file=any_file)
 
 
 def _listed(data: bytes) -> list[str]:
@@ -121,25 +125,27 @@ def _inside(folder: str, *, any_file: bool) -> list[str]:
         found += [os.path.join(place, name) for name in sorted(names) if not name.startswith(".")]  # noqa: PTH118
     if any_file:
         return found
-    for suffixes in (IMAGE_SUFFIXES, PARQUET_SUFFIXES, NPY_SUFFIXES):
-        if some := [path for path in found if _suffix(path) in suffixes]:
+    for kind in ("image", "parquet", "npy", "tar"):
+        if some := [path for path in found if kind_of(path) == kind]:
             return some
-    raise ConfigError(f"--input {folder}: no images, Parquet or .npy files are there; other files need --decode")
+    raise ConfigError(
+        f"--input {folder}: no images, Parquet, .npy files or tar shards are there; other files need --decode"
+    )
 
 
-def _suffix(path: str) -> str:
-    return Path(path).suffix.lower()
-
-
-def _of_kind(paths: Sequence[str]) -> Inputs:
-    kinds = {
-        "parquet" if _suffix(p) in PARQUET_SUFFIXES else "npy" if _suffix(p) in NPY_SUFFIXES else "files" for p in paths
-    }
+def _of_kind(paths: Sequence[str], columns: Iterable[str], *, any_file: bool) -> Inputs:
+    kinds = {"files" if (kind := kind_of(path)) in ("image", "other") else kind for path in paths}
     if len(kinds) > 1:
-        raise ConfigError("--input names files of several kinds; run a job for each: images, Parquet, .npy")
+        raise ConfigError("--input names files of several kinds; run a job for each: images, Parquet, .npy, tar shards")
     kind = kinds.pop()
     if kind == "files":
         return Inputs(kind, paths=tuple(paths))
+    if kind == "tar":
+        shards = list_shards(paths, columns, any_type=any_file)
+        groups = {path: (len(samples),) for path, samples in zip(paths, shards, strict=True)}
+        stored = (_stored(path, groups.__getitem__) for path in paths)
+        pairs = zip(stored, shards, strict=True)
+        return Inputs(kind, stored=tuple(msgspec.structs.replace(file, samples=samples) for file, samples in pairs))
     rows_of = _parquet_groups if kind == "parquet" else _npy_groups
     return Inputs(kind, stored=tuple(_stored(path, rows_of) for path in paths))
 
@@ -178,7 +184,7 @@ def check_unchanged(inputs: Inputs) -> None:
 def choose(
     inputs: Inputs, wanted: Iterable[tuple[str, str]], names: Sequence[str], *, any_type: bool
 ) -> dict[str, str]:
-    """Which column of the inputs feeds which model input; empty if they have no columns.
+    """Which column, or member of a tar shard, feeds which model input; empty if rows of the inputs have but one value.
 
     Args:
         inputs: the job's.
@@ -191,6 +197,20 @@ def choose(
         path = inputs.stored[0].path
         schema = pyarrow_parquet("a Parquet file is read").read_schema(path)
         return choose_columns(path, schema, wanted, names, any_type=any_type)
+    if inputs.kind == "tar":
+        shards = [file.samples for file in inputs.stored]
+        return choose_members(shards, wanted, names, any_type=any_type)
     if tuple(wanted):
-        raise ConfigError("--column is for Parquet inputs; leave it out")
+        raise ConfigError("--column is for Parquet inputs and tar shards; leave it out")
     return {}
+
+
+def holds_images(inputs: Inputs, columns: Mapping[str, str]) -> bool:
+    """Whether rows are encoded images, as far as names say."""
+    if inputs.kind != "tar" or len(columns) > 1:
+        return inputs.kind == "files"
+    (column,) = columns.values()
+    for sample in (sample for file in inputs.stored for sample in file.samples):
+        with contextlib.suppress(InvalidInput):
+            return is_kind(member_of(sample, column).suffix, "image")
+    return False

@@ -50,7 +50,7 @@ def test_folders_globs_and_lists_name_the_same_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("gone.png", "no such file"), ("*.png", "nothing is there"), ("", "no images, Parquet or")]
+    ("name", "says"), [("gone.png", "no such file"), ("*.png", "nothing is there"), ("", "no images, Parquet, ")]
 )
 def test_inputs_that_are_not_there_are_refused(tmp_path: Path, name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
