@@ -84,14 +84,14 @@ _IMAGE_OPTIONS: Final = (
     multiple=True,
     required=True,
     metavar="FILE|GLOB|FOLDER|-",
-    help="What to read: images, Parquet, .npy, tar shards; - takes a list from standard input.  Again for more.",
+    help="What to read: images, Parquet, Arrow, .npy, tar shards; - takes a list from standard input.  Again for more.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="What to write: .parquet, .jsonl or .npy.",
+    help="What to write: .parquet, .arrow, .jsonl or .npy.",
 )
 @click.option("--producers", type=click.IntRange(1, 1024), help="Processes that read and decode [default: CPUs].")
 @click.option(
@@ -100,7 +100,7 @@ _IMAGE_OPTIONS: Final = (
     multiple=True,
     callback=_parse_columns,
     metavar="[INPUT=]COLUMN",
-    help="Parquet column to read, or suffix of members of tar shards.  Again for each input.",
+    help="Column of Parquet or Arrow to read, or suffix of members of tar shards.  Again for each input.",
 )
 @click.option("--decode", default="", metavar="MODULE:FUNCTION", help="Called as f(item, inputs) to write a row.")
 @click.option("--post", default="", metavar="MODULE:FUNCTION", help="Called as f(item, outputs) for a row's columns.")

@@ -16,11 +16,12 @@ _SUFFIXES: Final = {
     ),
     "parquet": frozenset((".parquet", ".pq")),
     "npy": frozenset((".npy",)),
+    "arrow": frozenset((".arrow", ".arrows", ".feather", ".ipc")),
 }
 
 
 def kind_of(name: str) -> str:
-    """The kind of a file: "image", "parquet", "npy", "tar" or "other"."""
+    """The kind of a file: "image", "parquet", "npy", "arrow", "tar" or "other"."""
     name = name.lower()
     if name.endswith(SHARD_SUFFIXES):
         return "tar"

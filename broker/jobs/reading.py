@@ -1,6 +1,6 @@
 """The rows of a chunk, as a producer reads them.
 
-What is read is mapped, not copied, where the format allows it: rows of a `.npy` file, values of a Parquet column.
+What is read is mapped, not copied, where the format allows it: rows of a `.npy` file, values of a column.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 
 from trtpool.ipc.errors import InvalidInput
 
+from .batches import BatchFile
 from .members import Shard, member_value
 from .shards import member_of
 from .tables import column_value, pyarrow_parquet
@@ -25,11 +26,11 @@ class Item(NamedTuple):
 
     Attributes:
         row: its number, counted from 0 over all inputs.
-        key: the file; ``FILE#ROW`` for a row of a Parquet or `.npy` file; ``SHARD#MEMBER`` for a member of a tar shard,
-            without its suffix if there are several for a row.
-        value: a `pathlib.Path`; a row of a `.npy` file as a read-only array; from Parquet an array, a `pyarrow.Buffer`
-            (binary columns), a string; from a tar shard an array (`.npy`) or `bytes`; with several ``--column`` a dict
-            of these by input name.
+        key: the file; ``FILE#ROW`` for a row of a Parquet, Arrow or `.npy` file; ``SHARD#MEMBER`` for a member of a
+            tar shard, without its suffix if there are several for a row.
+        value: a `pathlib.Path`; a row of a `.npy` file as a read-only array; from Parquet and Arrow an array, a
+            `pyarrow.Buffer` (binary columns), a string; from a tar shard an array (`.npy`) or `bytes`; with several
+            ``--column`` a dict of these by input name.
     """
 
     row: int
@@ -48,7 +49,14 @@ class Reader:
     def __init__(self, kind: str, columns: dict[str, str]) -> None:
         self._columns = columns
         self._open: tuple[tuple[str, int], Any] | None = None  # what was read last: a file, or a row group of one
-        self._rows = {"files": self._files, "npy": self._npy, "parquet": self._parquet, "tar": self._tar}[kind]
+        self._batches: tuple[str, BatchFile] | None = None
+        self._rows = {
+            "files": self._files,
+            "npy": self._npy,
+            "parquet": self._parquet,
+            "arrow": self._arrow,
+            "tar": self._tar,
+        }[kind]
 
     def rows(self, chunk: Chunk) -> Iterator[tuple[Item, Callable[[], Any]]]:
         """Each row without its value, and what gives the value.
@@ -75,7 +83,19 @@ class Reader:
             file = pyarrow_parquet("a Parquet file is read").ParquetFile(chunk.path, memory_map=True)
             return file.read_row_group(chunk.group, columns=sorted(set(self._columns.values())))
 
-        # The table is read within the first row's value, so that a broken row group is its rows' error.
+        return self._table(chunk, read)
+
+    def _arrow(self, chunk: Chunk) -> Iterator[tuple[Item, Callable[[], Any]]]:
+        def read() -> Any:
+            if self._batches is None or self._batches[0] != chunk.path:
+                self._batches = chunk.path, BatchFile(chunk.path, set(self._columns.values()))
+            return self._batches[1].batch(chunk.group)
+
+        return self._table(chunk, read)
+
+    def _table(self, chunk: Chunk, read: Callable[[], Any]) -> Iterator[tuple[Item, Callable[[], Any]]]:
+        """Rows of what `read` gives, which is read within the first row's value: broken, it is its rows' error."""
+
         def value(row: int) -> Any:
             table = self._kept((chunk.path, chunk.group), read)
             values = {

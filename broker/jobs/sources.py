@@ -1,4 +1,4 @@
-"""Where rows come from: image or other files, Parquet columns, `.npy` arrays, samples of tar shards.
+"""Where rows come from: image or other files, columns of Parquet and Arrow, `.npy` arrays, samples of tar shards.
 
 The parent finds the inputs and deals their rows out as chunks, which producers read (`reading`).
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from trtpool.ipc.errors import ConfigError, InvalidInput
 
+from .batches import BatchFile
 from .kinds import kind_of
 from .shards import choose_members, is_kind, list_shards, member_of
 from .tables import choose_columns, pyarrow_parquet
@@ -27,7 +28,7 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         path, bytes, mtime_ns: the file.
-        groups: the rows of each row group, or of it all.
+        groups: the rows of each row group or record batch, or of it all.
         samples: the rows of a tar shard.
     """
 
@@ -39,7 +40,7 @@ class Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Inputs(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All rows of a job: `kind` is "files", with `paths`, or "parquet", "npy" or "tar", with `stored`."""
+    """All rows of a job: `kind` is "files", with `paths`, or "parquet", "arrow", "npy" or "tar", with `stored`."""
 
     kind: str
     paths: tuple[str, ...] = ()
@@ -81,7 +82,7 @@ def find(
         wanted: files, globs, folders, ``-`` for a list of files.
         read_list: gives that list, one a line, or separated by NUL.
         any_file: take every file of a folder, and every member of a shard; else those of one kind that is known:
-            images, Parquet, `.npy`, tar shards.
+            images, Parquet, `.npy`, Arrow, tar shards.
         columns: from ``--column``.
 
     Raises:
@@ -125,18 +126,20 @@ def _inside(folder: str, *, any_file: bool) -> list[str]:
         found += [os.path.join(place, name) for name in sorted(names) if not name.startswith(".")]  # noqa: PTH118
     if any_file:
         return found
-    for kind in ("image", "parquet", "npy", "tar"):
+    for kind in ("image", "parquet", "npy", "arrow", "tar"):
         if some := [path for path in found if kind_of(path) == kind]:
             return some
     raise ConfigError(
-        f"--input {folder}: no images, Parquet, .npy files or tar shards are there; other files need --decode"
+        f"--input {folder}: no images, Parquet, .npy or Arrow files or tar shards are there; other files need --decode"
     )
 
 
 def _of_kind(paths: Sequence[str], columns: Iterable[str], *, any_file: bool) -> Inputs:
     kinds = {"files" if (kind := kind_of(path)) in ("image", "other") else kind for path in paths}
     if len(kinds) > 1:
-        raise ConfigError("--input names files of several kinds; run a job for each: images, Parquet, .npy, tar shards")
+        raise ConfigError(
+            "--input names files of several kinds; run a job for each: images, Parquet, .npy, Arrow, tar shards"
+        )
     kind = kinds.pop()
     if kind == "files":
         return Inputs(kind, paths=tuple(paths))
@@ -146,8 +149,8 @@ def _of_kind(paths: Sequence[str], columns: Iterable[str], *, any_file: bool) ->
         stored = (_stored(path, groups.__getitem__) for path in paths)
         pairs = zip(stored, shards, strict=True)
         return Inputs(kind, stored=tuple(msgspec.structs.replace(file, samples=samples) for file, samples in pairs))
-    rows_of = _parquet_groups if kind == "parquet" else _npy_groups
-    return Inputs(kind, stored=tuple(_stored(path, rows_of) for path in paths))
+    rows_of = {"parquet": _parquet_groups, "npy": _npy_groups, "arrow": lambda path: BatchFile(path).counts()}
+    return Inputs(kind, stored=tuple(_stored(path, rows_of[kind]) for path in paths))
 
 
 def _stored(path: str, groups: Callable[[str], tuple[int, ...]]) -> Stored:
@@ -193,15 +196,16 @@ def choose(
     Raises:
         ConfigError: an input has none, or a column is not there.
     """
-    if inputs.kind == "parquet":
+    if inputs.kind in ("parquet", "arrow"):
         path = inputs.stored[0].path
-        schema = pyarrow_parquet("a Parquet file is read").read_schema(path)
+        read = BatchFile(path).schema if inputs.kind == "arrow" else None
+        schema = pyarrow_parquet("a Parquet file is read").read_schema(path) if read is None else read
         return choose_columns(path, schema, wanted, names, any_type=any_type)
     if inputs.kind == "tar":
         shards = [file.samples for file in inputs.stored]
         return choose_members(shards, wanted, names, any_type=any_type)
     if tuple(wanted):
-        raise ConfigError("--column is for Parquet inputs and tar shards; leave it out")
+        raise ConfigError("--column is for Parquet, Arrow and tar shards; leave it out")
     return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,17 +12,22 @@ import numpy as np
 from trtpool.ipc.errors import ConfigError, InvalidInput, MissingExtra
 
 
-def pyarrow_parquet(why: str) -> Any:
-    """`pyarrow.parquet`.
+def pyarrow_module(name: str, why: str) -> Any:
+    """`pyarrow`, of which a module is imported.
 
     Raises:
         MissingExtra: it is not installed.
     """
     try:
-        import pyarrow.parquet
+        importlib.import_module(name)
     except ImportError as error:
         raise MissingExtra(f"{why} with pyarrow; install it with: pip install 'trtpool[etl]'") from error
-    return pyarrow.parquet
+    return importlib.import_module("pyarrow")
+
+
+def pyarrow_parquet(why: str) -> Any:
+    """`pyarrow.parquet`; raises as `pyarrow_module`."""
+    return pyarrow_module("pyarrow.parquet", why).parquet
 
 
 def column_value(scalar: Any) -> Any:

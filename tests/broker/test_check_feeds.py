@@ -132,7 +132,7 @@ def test_a_folder_with_an_array_for_each_input(tmp_path: Path):
         (lambda folder: np.save(folder / "x.npy", np.zeros((2, 5))), r"takes shape \(3, 2, 2\), and this has \(5,\)"),
         (
             lambda folder: (folder / "x.txt").touch(),
-            "--data .*: no images, Parquet, .npy files or tar shards are there",
+            "--data .*: no images, Parquet, .npy or Arrow files or tar shards are there",
         ),
     ],
 )

@@ -271,7 +271,11 @@ class Chunks:
         self.sink = sinks.open_sink(self.kind, self.folder, self.folder / f"out.{self.kind}", self.entries, self.total)
 
     def add(self, number: int, rows: columns.ChunkRows) -> None:
-        make = {"parquet": lambda: columns.parquet_file(rows, None), "jsonl": lambda: columns.json_lines(rows)}
+        make = {
+            "parquet": lambda: columns.parquet_file(rows, None),
+            "arrow": lambda: columns.arrow_batch(rows, None),
+            "jsonl": lambda: columns.json_lines(rows),
+        }
         payload = b"".join(bytes(part) for part in make.get(self.kind, lambda: columns.array_bytes(rows))())
         chunk = wire.Chunk(number, rows.first, rows.count)
         self.note(self.sink.append(chunk, memoryview(payload), rows.failures()))
@@ -286,7 +290,14 @@ class Chunks:
         return {target: self.folder / name for name, target in moves}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "npy"])
+def read_table(path: Path, kind: str) -> Any:
+    if kind == "parquet":
+        return pq.read_table(path)
+    with pa.memory_map(str(path)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "npy"])
 def test_chunks_in_any_order_and_in_several_sessions_end_in_order(tmp_path: Path, kind: str) -> None:
     chunks = Chunks(tmp_path, kind)
     for number in (2, 0):
@@ -305,8 +316,8 @@ def test_chunks_in_any_order_and_in_several_sessions_end_in_order(tmp_path: Path
         got = [None if np.isnan(row).all() else row.tolist() for row in np.load(path)]
         errors = [json.loads(line) for line in files["out.npy.errors.jsonl"].read_text().splitlines()]
     else:
-        lines = () if kind == "parquet" else path.read_text().splitlines()
-        table = pq.read_table(path).to_pylist() if kind == "parquet" else [json.loads(line) for line in lines]
+        lines = path.read_text().splitlines() if kind == "jsonl" else ()
+        table = [json.loads(line) for line in lines] or read_table(path, kind).to_pylist()
         assert [(row["row"], row["key"]) for row in table] == [(row, f"f{row}") for row in range(20)]
         got = [row["y"] for row in table]
         errors = [row for row in table if row["error"]]
@@ -342,22 +353,24 @@ def test_footers_are_moved_for_every_type_and_many_columns(tmp_path: Path) -> No
     assert pq.read_table(tmp_path / "a.parquet", filters=[("c3", "=", 4)]).num_rows == 3
 
 
-def test_a_column_gets_its_type_from_the_first_chunk_that_has_one(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path, "parquet")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_gets_its_type_from_the_first_chunk_that_has_one(tmp_path: Path, kind: str) -> None:
+    chunks = Chunks(tmp_path, kind)
     chunks.add(0, filled(0, 5, boxes=lambda row: []))
     chunks.add(1, filled(5, 5, failing=(0, 1, 2, 3, 4), boxes=str))
     assert not chunks.entries, "they are safe before they can be written"
     chunks.add(2, filled(10, 5, boxes=lambda row: [{"x": row / 2}]))
     chunks.add(3, filled(15, 5, boxes=lambda row: []))
-    table = pq.read_table(chunks.finish()["out.parquet"])
+    table = read_table(chunks.finish()[f"out.{kind}"], kind)
     assert (
         table.column("boxes").to_pylist()
         == [[]] * 5 + [None] * 5 + [[{"x": row / 2}] for row in range(10, 15)] + [[]] * 5
     )
 
 
-def test_columns_of_different_types_are_refused(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path, "parquet")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_different_types_are_refused(tmp_path: Path, kind: str) -> None:
+    chunks = Chunks(tmp_path, kind)
     chunks.add(0, filled(0, 5, size=lambda row: row))
     with pytest.raises(ConfigError, match="`schema`"):
         chunks.add(1, filled(5, 5, size=lambda row: "large"))
