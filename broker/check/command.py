@@ -64,8 +64,8 @@ _DATA_OPTIONS: Final = (
         "--data",
         multiple=True,
         metavar="FILE|GLOB|FOLDER|-",
-        help="Items for both: images, .npy or Parquet, as for `trtpool run`; for several inputs a folder with "
-        "INPUT.npy for each [default: random].  Again for more.",
+        help="Items for both: images, .npy, Parquet, Arrow, tar shards, as for `trtpool run`; for several inputs a "
+        "folder with INPUT.npy for each [default: random].  Again for more.",
     ),
     click.option("--items", type=click.IntRange(1), help="Use the first so many [default: all; 32 random ones]."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random items."),

@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 
 from trtpool.broker.jobs.functions import reason
-from trtpool.broker.jobs.sources import Inputs, Reader, choose_columns, find
+from trtpool.broker.jobs.reading import Reader
+from trtpool.broker.jobs.sources import Inputs, choose, find
 from trtpool.ipc.errors import ConfigError, InvalidInput
 from trtpool.ipc.tensors import TensorSpec
 
@@ -118,14 +119,13 @@ class Data:
 
     def _columns(self, inputs: Inputs) -> dict[str, str]:
         names = [spec.name for spec in self._single]
-        if inputs.kind == "parquet":
-            return choose_columns(inputs, (), names, any_type=False)
-        if len(names) != 1:
+        columns = choose(inputs, (), names, any_type=False)
+        if len(names) != 1 and not columns:
             raise ConfigError(
                 f"the models have the inputs {', '.join(names)}: name with --data a folder with "
                 f"{', '.join(f'{name}.npy' for name in names)}, or Parquet with these columns"
             )
-        return {}
+        return columns
 
     def _read(self, inputs: Inputs, columns: dict[str, str]) -> Iterator[Named]:
         reader = Reader(inputs.kind, columns)

@@ -8,17 +8,18 @@ chunk is full.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from trtpool.ipc.arrow_columns import column_of
 from trtpool.ipc.errors import ConfigError, InvalidInput
 from trtpool.ipc.tensors import TensorSpec
 
-from .sources import pyarrow_parquet
+from .tables import pyarrow_parquet
 
 ROW: Final = "row"
 KEY: Final = "key"
@@ -115,7 +116,7 @@ def _plain(value: Any) -> Any:
     raise InvalidInput(f"a {type(value).__name__} cannot be written; return numbers, text, lists, dicts or arrays")
 
 
-# ---------------------------------------------------------------------------------- Parquet
+# ---------------------------------------------------------------------------------- Parquet, Arrow
 
 
 def parquet_file(rows: ChunkRows, schema: Any) -> list[bytes | memoryview]:
@@ -127,7 +128,7 @@ def parquet_file(rows: ChunkRows, schema: Any) -> list[bytes | memoryview]:
     """
     import pyarrow as pa
 
-    table = parquet_table(rows, schema)
+    table = table_of(rows, schema, _tensor_column)
     sink = pa.BufferOutputStream()
     texts = [field.name for field in table.schema if pa.types.is_string(field.type)]  # looking numbers up takes long
     parquet = pyarrow_parquet("Parquet is written")
@@ -135,15 +136,49 @@ def parquet_file(rows: ChunkRows, schema: Any) -> list[bytes | memoryview]:
     return [memoryview(sink.getvalue())]
 
 
-def parquet_table(rows: ChunkRows, schema: Any) -> Any:
-    """The rows as a `pyarrow.Table`: row, key, the columns, error."""
+def arrow_batch(rows: ChunkRows, schema: Any) -> list[bytes | memoryview]:
+    """Two messages of Arrow's IPC format, schema and record batch.
+
+    Args:
+        rows, schema: see `parquet_file`.
+    """
+    return [memoryview(part) for part in arrow_messages(table_of(rows, schema, column_of))]
+
+
+def arrow_messages(table: Any) -> list[Any]:
+    """Schema and rows of a table as `pyarrow.Buffer` of Arrow's IPC format."""
+    import pyarrow as pa
+
+    if encoded := [field.name for field in table.schema if _has_dictionary(field.type)]:
+        raise ConfigError(f"--post: {encoded[0]!r} has a dictionary type; give `schema` a plain one, or write Parquet")
+    # A batch even if there are no rows or columns, and one alone.
+    batch = pa.RecordBatch.from_arrays(
+        [column.combine_chunks() if column.num_chunks != 1 else column.chunk(0) for column in table.columns],
+        schema=table.schema,
+    )
+    return [table.schema.serialize(), batch.serialize()]
+
+
+def _has_dictionary(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_dictionary(kind) or any(_has_dictionary(kind.field(at).type) for at in range(kind.num_fields))
+
+
+def table_of(rows: ChunkRows, schema: Any, tensors: Callable[[npt.NDArray[Any], Mapping[int, str]], Any]) -> Any:
+    """The rows as a `pyarrow.Table`: row, key, the columns, error.
+
+    Args:
+        rows, schema: see `parquet_file`.
+        tensors: makes a column of a tensor's array and the rows of it that are null.
+    """
     import pyarrow as pa
 
     fields = [pa.field(ROW, pa.int64(), nullable=False), pa.field(KEY, pa.string(), nullable=False)]
     arrays = [pa.array(range(rows.first, rows.first + rows.count), pa.int64()), pa.array(rows.keys, pa.string())]
     for name, array in rows.arrays.items():
-        made = _tensor_column(array, rows.errors)
-        shape = {"shape": str(list(array.shape[1:]))} if array.ndim > 2 else None
+        made = tensors(array, rows.errors)
+        shape = {"shape": str(list(array.shape[1:]))} if array.ndim > 2 and tensors is _tensor_column else None
         fields.append(pa.field(name, made.type, metadata=shape))
         arrays.append(made)
     names = list(schema.names if schema is not None else rows.values) if not rows.arrays else []

@@ -26,7 +26,7 @@ from .job import Job
 from .journal import JobSettings
 from .show import Display, show_outcome
 from .sinks import sink_of
-from .sources import find
+from .sources import Inputs, find
 from .work import JobOptions
 
 _OF_MODELS: Final = ("slots", "max_batch", "max_delay_us")
@@ -84,14 +84,14 @@ _IMAGE_OPTIONS: Final = (
     multiple=True,
     required=True,
     metavar="FILE|GLOB|FOLDER|-",
-    help="What to read: images, Parquet, .npy; - takes a list of files from standard input.  Again for more.",
+    help="What to read: images, Parquet, Arrow, .npy, tar shards; - takes a list from standard input.  Again for more.",
 )
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     required=True,
     metavar="FILE",
-    help="What to write: .parquet, .jsonl or .npy.",
+    help="What to write: .parquet, .arrow, .jsonl or .npy.",
 )
 @click.option("--producers", type=click.IntRange(1, 1024), help="Processes that read and decode [default: CPUs].")
 @click.option(
@@ -100,7 +100,7 @@ _IMAGE_OPTIONS: Final = (
     multiple=True,
     callback=_parse_columns,
     metavar="[INPUT=]COLUMN",
-    help="Parquet column to read.  Again for each input.",
+    help="Column of Parquet or Arrow to read, or suffix of members of tar shards.  Again for each input.",
 )
 @click.option("--decode", default="", metavar="MODULE:FUNCTION", help="Called as f(item, inputs) to write a row.")
 @click.option("--post", default="", metavar="MODULE:FUNCTION", help="Called as f(item, outputs) for a row's columns.")
@@ -151,6 +151,7 @@ def run(
       trtpool run det.onnx --input 'pages/*.png' --output out.parquet --shape x=3x640x640 --producers 8
       trtpool run resnet50.plan --gpus 0 --input photos/ --norm imagenet --output logits.npy
       trtpool run embed.onnx --input texts.parquet --column ids --output vectors.parquet --resume
+      trtpool run resnet50.plan --gpus 0 --input 'shards/*.tar' --column jpg --output logits.parquet
       find scans -name '*.tif' | trtpool run det.onnx --input - --post my_job:boxes --output boxes.jsonl
     """  # noqa: D301  # click wants the character itself, to leave the lines as they are
     if more:
@@ -188,8 +189,12 @@ def run(
         # A producer that the sink holds up holds slots, and need not be reported for it.
         pool={**_for_pool(model, pool), "recall_timeout_s": 0.0},
     )
+
+    def find_inputs() -> Inputs:
+        return find(inputs, _read_list, any_file=bool(decode), columns=[column for _, column in columns])
+
     with Display() as display:
-        job = Job(settings, how, lambda: find(inputs, _read_list, any_file=bool(decode)), output, display)
+        job = Job(settings, how, find_inputs, output, display)
         with _stopping(job.stop):
             outcome = job.run()
     if outcome is None:

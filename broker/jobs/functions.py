@@ -15,7 +15,7 @@ from trtpool.ipc.errors import ConfigError, InvalidInput
 from trtpool.ipc.tensors import ModelSpec, TensorSpec, check_array
 
 from .images import ImageOptions, ImageWriter, image_layout
-from .sources import Item
+from .reading import Item
 
 Arrays = Mapping[str, npt.NDArray[Any]]
 

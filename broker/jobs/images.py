@@ -242,7 +242,8 @@ class _Pillow:
         if isinstance(value, Path):
             return self._image.open(value)
         try:
-            return self._image.open(io.BytesIO(memoryview(value)))  # pyarrow's own reader lacks what some formats need
+            # Bytes are read where they are; pyarrow's buffers are copied: its own reader lacks what some formats need.
+            return self._image.open(io.BytesIO(value if isinstance(value, bytes) else memoryview(value)))
         except TypeError as error:
             raise InvalidInput(f"a {type(value).__name__} is not an image; name a function with --decode") from error
 

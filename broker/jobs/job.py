@@ -17,7 +17,7 @@ from .images import ImageWriter, complete, describe, image_layout
 from .journal import JobFolder, JobRecord, JobSettings
 from .produce import ProducerConfig
 from .sinks import open_sink
-from .sources import Inputs, check_unchanged, choose_columns
+from .sources import Inputs, check_unchanged, choose, holds_images
 from .work import JobOptions, Outcome, Show, Work
 
 CHUNK_BYTES: Final = 16 * 1024 * 1024
@@ -139,11 +139,7 @@ class Job:
     def _producer_config(self, pool: Pool, model: ModelLayout, inputs: Inputs) -> ProducerConfig:
         spec, settings = model.spec, self._settings
         names = [one.name for one in spec.inputs]
-        columns = {}
-        if inputs.kind == "parquet":
-            columns = choose_columns(inputs, settings.columns, names, any_type=bool(settings.decode))
-        elif settings.columns:
-            raise ConfigError("--column is for Parquet inputs; leave it out")
+        columns = choose(inputs, settings.columns, names, any_type=bool(settings.decode))
         if not settings.post:
             check_names(tuple(one.name for one in spec.outputs))
         image = settings.image
@@ -151,9 +147,9 @@ class Job:
         if pictures:
             image = complete(image, pictures[0], spec.outputs)
         if not settings.decode:
-            if len(names) > 1 and inputs.kind != "parquet":
+            if len(names) > 1 and not columns:
                 raise ConfigError(f"the model has the inputs {', '.join(names)}; name a function with --decode")
-            if inputs.kind == "files":
+            if holds_images(inputs, columns):
                 ImageWriter(spec.inputs[0], image)  # says what does not fit
                 self._show.say(f"images: {describe(image, spec.inputs[0])}")
         share = (model.slots - model.max_batch) // self._options.producers

@@ -38,10 +38,10 @@ class JobSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     Attributes:
         model: the file, absolute, with its size in bytes and its time.
         inputs: as they were given.
-        columns: from ``--column``: model input and Parquet column.
+        columns: from ``--column``: model input and column, or suffix in tar shards.
         decode, post: users' functions, or "".
         image: as given.
-        sink: "parquet", "npy" or "jsonl".
+        sink: "parquet", "arrow", "npy" or "jsonl".
         pool: options that change what the model computes: shapes, and how a plan is built.
     """
 

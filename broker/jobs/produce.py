@@ -32,7 +32,7 @@ from trtpool.ipc.remote import connect
 from . import columns, wire
 from .functions import Arrays, make_decoder, make_post, reason, schema_of
 from .images import ImageOptions
-from .sources import Item, Reader
+from .reading import Item, Reader
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ProducerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         columns: Parquet columns by input.
         decode, post: users' functions, or "".
         image: complete.
-        sink: "parquet", "npy" or "jsonl".
+        sink: "parquet", "arrow", "npy" or "jsonl".
         window: slots to have in flight.
     """
 
@@ -123,7 +123,7 @@ class Producer:
         self._decode = make_decoder(config.decode, model.spec, config.image)
         self._post = make_post(config.post)
         self._sink = config.sink
-        self._schema = schema_of(config.post) if config.sink == "parquet" else None
+        self._schema = schema_of(config.post) if config.sink in ("parquet", "arrow") else None
         self._mark = mmap.mmap(config.mark_fd, MARK.size)
         self._rows: Iterator[tuple[wire.Chunk, int, Item, Any]] = iter(())
         self._lost: dict[int, str] = {}
@@ -236,6 +236,8 @@ class Producer:
         try:
             if self._sink == "parquet":
                 return columns.parquet_file(rows, self._schema)
+            if self._sink == "arrow":
+                return columns.arrow_batch(rows, self._schema)
             return columns.json_lines(rows) if self._sink == "jsonl" else columns.array_bytes(rows)
         finally:
             self._spent["post_ns"] += time.monotonic_ns() - start

@@ -1,12 +1,11 @@
-"""Where rows go: Parquet, JSON lines, `.npy`.  Chunks are appended as they come and put into order in the end.
+"""Where rows go: Parquet, Arrow, JSON lines, `.npy`.  Chunks are appended as they come and put into order in the end.
 
-Parquet needs no second writing for that, since its footer says which row group is next (`footers`); `.npy` rows have
-their place from the start; JSON lines are copied once more by the kernel if chunks did not come in order.
+Parquet and Arrow need no second writing for that, since a footer says which rows are next (`table_sinks`); `.npy` rows
+have their place from the start; JSON lines are copied once more by the kernel if chunks did not come in order.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,67 +16,13 @@ import numpy as np
 
 from trtpool.ipc.errors import ConfigError
 
+from .appending import DATA, Moves, Sink, write_at
 from .columns import ArrayHead
-from .footers import MAGIC, TAIL_BYTES, moved
 from .journal import Entry
-from .sources import pyarrow_parquet
+from .table_sinks import ArrowSink, ParquetSink
 from .wire import Chunk
 
-DATA: Final = "data"
 SORTED: Final = "sorted"
-
-Moves = list[tuple[str, str]]
-
-
-class Sink:
-    """A file, or some, that grow by chunks.
-
-    Args:
-        folder: where to write.
-        output: what it is to become.
-        safe: chunks that are there.
-    """
-
-    def __init__(self, folder: Path, output: Path, safe: Iterable[Entry]) -> None:
-        self._folder = folder
-        self._output = output
-        self._fd = os.open(folder / DATA, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        self.bytes = max((entry.offset + entry.bytes for entry in safe), default=0)
-        os.ftruncate(self._fd, self.bytes)
-
-    def append(self, chunk: Chunk, payload: memoryview, errors: tuple[tuple[int, str, str], ...]) -> list[Entry]:
-        """Write a chunk; returns entries for the journal, of this chunk or of others that waited for it."""
-        return [self._put(chunk, payload, errors)]
-
-    def _put(self, chunk: Chunk, payload: memoryview | bytes, errors: tuple[tuple[int, str, str], ...]) -> Entry:
-        start = self.bytes
-        write_at(self._fd, payload, start)
-        self.bytes += len(payload)
-        return Entry(chunk.number, start, len(payload), errors)
-
-    def sync(self) -> None:
-        """Wait until all is on disk."""
-        os.fdatasync(self._fd)
-
-    def held(self) -> list[Entry]:
-        """Chunks that waited for something that will not come: written now."""
-        return []
-
-    def finish(self, entries: Sequence[Entry]) -> Moves:
-        """Complete the file, with its chunks in the order of `entries`; returns what to move where."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close the files."""
-        os.close(self._fd)
-
-
-def write_at(fd: int, data: memoryview | bytes, offset: int) -> None:
-    """Write all of `data` at an offset."""
-    rest = memoryview(data)
-    while rest:
-        done = os.pwrite(fd, rest, offset)
-        rest, offset = rest[done:], offset + done
 
 
 class JsonLinesSink(Sink):
@@ -95,93 +40,6 @@ class JsonLinesSink(Sink):
                     offset += os.sendfile(target.fileno(), self._fd, offset, end - offset)
             os.fsync(target.fileno())
         return [(SORTED, self._output.name)]
-
-
-class ParquetSink(Sink):
-    """Parquet: each chunk is a row group.  All must have one schema: the first's that has a type for each column."""
-
-    def __init__(self, folder: Path, output: Path, safe: Iterable[Entry]) -> None:
-        safe = list(safe)
-        super().__init__(folder, output, safe)
-        self._parquet = pyarrow_parquet("Parquet is written")
-        self._schema: Any = None
-        self._waiting: list[tuple[Chunk, memoryview, tuple[tuple[int, str, str], ...]]] = []
-        if safe:
-            self._schema = self._parquet.read_schema(self._footer(safe[0]))
-
-    def append(self, chunk: Chunk, payload: memoryview, errors: tuple[tuple[int, str, str], ...]) -> list[Entry]:
-        """See `Sink.append`; a chunk without a type for each column waits for one that has them."""
-        import pyarrow as pa
-
-        schema = self._parquet.read_schema(pa.BufferReader(payload))
-        if self._schema is None:
-            # A chunk of nothing but errors does not know what columns others have.
-            if len(errors) == chunk.count or any(_is_untyped(field.type) for field in schema):
-                self._waiting.append((chunk, payload, errors))
-                return []
-            self._schema = schema
-            waited, self._waiting = self._waiting, []
-            return [entry for one in waited for entry in self.append(*one)] + [self._put(chunk, payload, errors)]
-        return [self._put(chunk, self._fitting(payload, schema), errors)]
-
-    def _fitting(self, payload: memoryview, schema: Any) -> memoryview | bytes:
-        """The chunk with the schema of the others."""
-        import pyarrow as pa
-
-        if schema.equals(self._schema):
-            return payload
-        table = self._parquet.read_table(pa.BufferReader(payload))
-        try:
-            missing = [field for field in self._schema if field.name not in table.column_names]
-            for field in missing:  # a chunk of nothing but errors knows no columns
-                table = table.append_column(field.name, pa.nulls(len(table), field.type))
-            if extra := [name for name in table.column_names if name not in self._schema.names]:
-                raise pa.ArrowInvalid(f"a column {extra[0]!r} is new")
-            table = table.select(self._schema.names).cast(self._schema)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
-            raise ConfigError(
-                f"--post: the columns of rows do not have the same types: {error}; give the function an attribute "
-                "`schema`, a pyarrow.Schema"
-            ) from error
-        sink = io.BytesIO()
-        self._parquet.write_table(table, sink, row_group_size=max(1, len(table)))
-        return sink.getvalue()
-
-    def held(self) -> list[Entry]:
-        """See `Sink.held`: columns that never had a value become text."""
-        import pyarrow as pa
-
-        if not self._waiting:
-            return []
-        schemas = [self._parquet.read_schema(pa.BufferReader(payload)) for _, payload, _ in self._waiting]
-        schema = max(schemas, key=len)
-        self._schema = pa.schema([pa.field(f.name, pa.string()) if pa.types.is_null(f.type) else f for f in schema])
-        waited, self._waiting = self._waiting, []
-        return [entry for one in waited for entry in self.append(*one)]
-
-    def _footer(self, entry: Entry) -> io.BytesIO:
-        """A file with nothing but the footer of a chunk, with places as they are in the whole file."""
-        end = entry.offset + entry.bytes
-        length = int.from_bytes(os.pread(self._fd, TAIL_BYTES, end - TAIL_BYTES)[:4], "little") + TAIL_BYTES
-        footer = moved(os.pread(self._fd, length, end - length), entry.offset)
-        return io.BytesIO(MAGIC + footer)
-
-    def finish(self, entries: Sequence[Entry]) -> Moves:
-        """See `Sink.finish`."""
-        whole, *others = (self._parquet.read_metadata(self._footer(entry)) for entry in entries)
-        for metadata in others:
-            whole.append_row_groups(metadata)
-        footer = io.BytesIO()
-        whole.write_metadata_file(footer)
-        write_at(self._fd, footer.getvalue()[len(MAGIC) :], self.bytes)
-        self.sync()
-        return [(DATA, self._output.name)]
-
-
-def _is_untyped(kind: Any) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_null(kind)) or any(_is_untyped(kind.field(i).type) for i in range(kind.num_fields))
 
 
 class NpySink(Sink):
@@ -270,19 +128,29 @@ def open_sink(kind: str, folder: Path, output: Path, safe: Mapping[int, Entry], 
     """The sink of a kind.
 
     Args:
-        kind: "parquet", "npy" or "jsonl".
+        kind: "parquet", "arrow", "npy" or "jsonl".
         folder, output, safe: see `Sink`.
         rows: of the whole job.
     """
     make: dict[str, Callable[[], Sink]] = {
         "parquet": lambda: ParquetSink(folder, output, safe.values()),
+        "arrow": lambda: ArrowSink(folder, output, safe.values()),
         "jsonl": lambda: JsonLinesSink(folder, output, safe.values()),
         "npy": lambda: NpySink(folder, output, safe.values(), rows),
     }
     return make[kind]()
 
 
-SINKS: Final = {".parquet": "parquet", ".pq": "parquet", ".npy": "npy", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+SINKS: Final = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
+    ".npy": "npy",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+}
 """Kinds by suffix."""
 
 

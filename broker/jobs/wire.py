@@ -16,6 +16,22 @@ import msgspec
 _LENGTHS: Final = struct.Struct("<IQ")
 
 
+class Member(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A member of a tar shard: its suffix without the first dot, and its place in the decompressed file, in bytes."""
+
+    suffix: str
+    at: int
+    bytes: int
+
+
+class Sample(msgspec.Struct, frozen=True, array_like=True):
+    """The members of a tar shard that are one row; `broken` says why it cannot be read, if it cannot."""
+
+    key: str
+    members: tuple[Member, ...]
+    broken: str = ""
+
+
 class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rows that one producer does, and that are written together.
 
@@ -26,6 +42,7 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         at: the first of them, counted from the file's first row.
         group, group_at: the row group of a Parquet file that they are in, and that group's first row.
         paths: the files, if each row is one.
+        samples: the rows, if the file is a tar shard.
     """
 
     number: int
@@ -36,6 +53,7 @@ class Chunk(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     group: int = 0
     group_at: int = 0
     paths: tuple[str, ...] = ()
+    samples: tuple[Sample, ...] = ()
 
 
 class Assign(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

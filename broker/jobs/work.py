@@ -15,11 +15,11 @@ from trtpool.broker.pool import Pool
 from trtpool.ipc.errors import ConfigError, StartFailed, TrtpoolError
 
 from . import wire
+from .appending import Sink
 from .crew import Crew, Dealer
 from .journal import Entry, JobFolder, JobRecord
 from .limits import Usage
 from .produce import ProducerConfig
-from .sinks import Sink
 
 LOOK_EVERY_S: Final = 1.0
 TOGETHER: Final = 16

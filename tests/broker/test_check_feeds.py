@@ -130,7 +130,10 @@ def test_a_folder_with_an_array_for_each_input(tmp_path: Path):
     [
         (lambda folder: (folder / "x.png").write_text("no image"), "x.png cannot be used: UnidentifiedImageError"),
         (lambda folder: np.save(folder / "x.npy", np.zeros((2, 5))), r"takes shape \(3, 2, 2\), and this has \(5,\)"),
-        (lambda folder: (folder / "x.txt").touch(), "--data .*: no images, Parquet or .npy files are there"),
+        (
+            lambda folder: (folder / "x.txt").touch(),
+            "--data .*: no images, Parquet, .npy or Arrow files or tar shards are there",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_named(make, text, tmp_path):

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from trtpool.broker.jobs import columns, footers, images, sinks, sources, wire
+from trtpool.broker.jobs import columns, footers, images, reading, sinks, sources, tables, wire
 from trtpool.broker.jobs.crew import Dealer
 from trtpool.broker.jobs.functions import BuiltInDecoder, load_function
 from trtpool.broker.jobs.journal import Entry, JobFolder, JobRecord, JobSettings
@@ -50,7 +50,7 @@ def test_folders_globs_and_lists_name_the_same_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "says"), [("gone.png", "no such file"), ("*.png", "nothing is there"), ("", "no images, Parquet or")]
+    ("name", "says"), [("gone.png", "no such file"), ("*.png", "nothing is there"), ("", "no images, Parquet, ")]
 )
 def test_inputs_that_are_not_there_are_refused(tmp_path: Path, name: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
@@ -78,7 +78,7 @@ def test_chunks_hold_every_row_once_and_none_spans_row_groups(tmp_path: Path) ->
     assert inputs.rows == 50
     assert [row for c in chunks for row in range(c.first, c.first + c.count)] == list(range(50))
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
-    reader = sources.Reader("parquet", {"x": "x"})
+    reader = reading.Reader("parquet", {"x": "x"})
     read = [(item.key, int(value())) for chunk in chunks for item, value in reader.rows(chunk)]
     assert read == [(f"{tmp_path}/{name}.parquet#{row}", row) for name in "ab" for row in range(25)]
 
@@ -95,16 +95,16 @@ def test_a_file_that_changed_is_noticed(tmp_path: Path) -> None:
 def test_values_of_parquet_columns() -> None:
     array = np.arange(12, dtype=np.float32)
     fixed = pa.FixedSizeListArray.from_arrays(pa.array(array), 4)[1:]
-    assert sources.column_value(fixed[0]).tolist() == [4, 5, 6, 7]
-    assert np.shares_memory(sources.column_value(fixed[0]), array), "it is copied"
-    assert sources.column_value(pa.array([[[1, 2], [3, 4]]])[0]).tolist() == [[1, 2], [3, 4]]
+    assert tables.column_value(fixed[0]).tolist() == [4, 5, 6, 7]
+    assert np.shares_memory(tables.column_value(fixed[0]), array), "it is copied"
+    assert tables.column_value(pa.array([[[1, 2], [3, 4]]])[0]).tolist() == [[1, 2], [3, 4]]
     tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(array.reshape(2, 6))
-    assert sources.column_value(tensors[1]).tolist() == [6, 7, 8, 9, 10, 11]
-    assert sources.column_value(pa.array([b"png"])[0]).to_pybytes() == b"png"
-    assert sources.column_value(pa.array([{"bytes": b"png", "path": "a"}])[0]).to_pybytes() == b"png"
+    assert tables.column_value(tensors[1]).tolist() == [6, 7, 8, 9, 10, 11]
+    assert tables.column_value(pa.array([b"png"])[0]).to_pybytes() == b"png"
+    assert tables.column_value(pa.array([{"bytes": b"png", "path": "a"}])[0]).to_pybytes() == b"png"
     for bad in (pa.array([None, b"x"])[0], pa.array([[1, None]])[0], pa.array([[[1], [2, 3]]])[0]):
         with pytest.raises(InvalidInput):
-            sources.column_value(bad)
+            tables.column_value(bad)
 
 
 def test_which_column_feeds_which_input(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_which_column_feeds_which_input(tmp_path: Path) -> None:
     inputs = find(tmp_path)
 
     def choose(wanted: list[tuple[str, str]], *names: str) -> dict[str, str]:
-        return sources.choose_columns(inputs, wanted, names, any_type=False)
+        return sources.choose(inputs, wanted, names, any_type=False)
 
     assert choose([], "ids") == {"ids": "ids"}
     assert choose([("", "pic")], "x") == {"x": "pic"}
@@ -231,11 +231,11 @@ def test_what_is_no_image_input_or_does_not_fit_it_is_refused() -> None:
 def test_arrays_are_copied_cast_and_checked() -> None:
     model = ModelSpec("m", "/m", (VECTOR,), (VECTOR,))
     decode, out = BuiltInDecoder(model, images.ImageOptions()), np.zeros(4, np.float32)
-    decode(sources.Item(0, "a", np.arange(4)), {"y": out})
+    decode(reading.Item(0, "a", np.arange(4)), {"y": out})
     assert out.tolist() == [0, 1, 2, 3]
     for bad in (np.zeros(5), np.zeros(4, complex), "text"):
         with pytest.raises(InvalidInput):
-            decode(sources.Item(0, "a", bad), {"y": out})
+            decode(reading.Item(0, "a", bad), {"y": out})
 
 
 @pytest.mark.parametrize("dotted", ["math", "math:", "no_such_module:f", "math:no_such", "math:pi"])
@@ -271,7 +271,11 @@ class Chunks:
         self.sink = sinks.open_sink(self.kind, self.folder, self.folder / f"out.{self.kind}", self.entries, self.total)
 
     def add(self, number: int, rows: columns.ChunkRows) -> None:
-        make = {"parquet": lambda: columns.parquet_file(rows, None), "jsonl": lambda: columns.json_lines(rows)}
+        make = {
+            "parquet": lambda: columns.parquet_file(rows, None),
+            "arrow": lambda: columns.arrow_batch(rows, None),
+            "jsonl": lambda: columns.json_lines(rows),
+        }
         payload = b"".join(bytes(part) for part in make.get(self.kind, lambda: columns.array_bytes(rows))())
         chunk = wire.Chunk(number, rows.first, rows.count)
         self.note(self.sink.append(chunk, memoryview(payload), rows.failures()))
@@ -286,7 +290,14 @@ class Chunks:
         return {target: self.folder / name for name, target in moves}
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl", "npy"])
+def read_table(path: Path, kind: str) -> Any:
+    if kind == "parquet":
+        return pq.read_table(path)
+    with pa.memory_map(str(path)) as mapped:
+        return pa.ipc.open_file(mapped).read_all()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl", "npy"])
 def test_chunks_in_any_order_and_in_several_sessions_end_in_order(tmp_path: Path, kind: str) -> None:
     chunks = Chunks(tmp_path, kind)
     for number in (2, 0):
@@ -305,8 +316,8 @@ def test_chunks_in_any_order_and_in_several_sessions_end_in_order(tmp_path: Path
         got = [None if np.isnan(row).all() else row.tolist() for row in np.load(path)]
         errors = [json.loads(line) for line in files["out.npy.errors.jsonl"].read_text().splitlines()]
     else:
-        lines = () if kind == "parquet" else path.read_text().splitlines()
-        table = pq.read_table(path).to_pylist() if kind == "parquet" else [json.loads(line) for line in lines]
+        lines = path.read_text().splitlines() if kind == "jsonl" else ()
+        table = [json.loads(line) for line in lines] or read_table(path, kind).to_pylist()
         assert [(row["row"], row["key"]) for row in table] == [(row, f"f{row}") for row in range(20)]
         got = [row["y"] for row in table]
         errors = [row for row in table if row["error"]]
@@ -342,22 +353,24 @@ def test_footers_are_moved_for_every_type_and_many_columns(tmp_path: Path) -> No
     assert pq.read_table(tmp_path / "a.parquet", filters=[("c3", "=", 4)]).num_rows == 3
 
 
-def test_a_column_gets_its_type_from_the_first_chunk_that_has_one(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path, "parquet")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_column_gets_its_type_from_the_first_chunk_that_has_one(tmp_path: Path, kind: str) -> None:
+    chunks = Chunks(tmp_path, kind)
     chunks.add(0, filled(0, 5, boxes=lambda row: []))
     chunks.add(1, filled(5, 5, failing=(0, 1, 2, 3, 4), boxes=str))
     assert not chunks.entries, "they are safe before they can be written"
     chunks.add(2, filled(10, 5, boxes=lambda row: [{"x": row / 2}]))
     chunks.add(3, filled(15, 5, boxes=lambda row: []))
-    table = pq.read_table(chunks.finish()["out.parquet"])
+    table = read_table(chunks.finish()[f"out.{kind}"], kind)
     assert (
         table.column("boxes").to_pylist()
         == [[]] * 5 + [None] * 5 + [[{"x": row / 2}] for row in range(10, 15)] + [[]] * 5
     )
 
 
-def test_columns_of_different_types_are_refused(tmp_path: Path) -> None:
-    chunks = Chunks(tmp_path, "parquet")
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_different_types_are_refused(tmp_path: Path, kind: str) -> None:
+    chunks = Chunks(tmp_path, kind)
     chunks.add(0, filled(0, 5, size=lambda row: row))
     with pytest.raises(ConfigError, match="`schema`"):
         chunks.add(1, filled(5, 5, size=lambda row: "large"))

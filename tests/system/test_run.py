@@ -128,6 +128,36 @@ def test_the_same_from_encoded_images_in_parquet_to_npy(sums: Path, pictures: Pa
         assert np.array_equal(np.load(f"out.{name}.npy"), array)
 
 
+def test_the_same_from_encoded_images_in_arrow_to_arrow(sums: Path, pictures: Path) -> None:
+    paths = sorted(pictures.iterdir())
+    table = pa.table({"id": list(range(60)), "image": [path.read_bytes() for path in paths]})
+    for name, make in (("a", pa.ipc.new_file), ("b", pa.ipc.new_stream)):  # Hugging Face's are streams
+        with pa.OSFile(f"{name}.arrow", "wb") as file, make(file, table.schema) as writer:
+            writer.write_table(table.slice(30 * (name == "b"), 30), max_chunksize=13)
+    finished(sums, input="?.arrow", output="out.arrow", producers=2, rows_per_group=7)
+    with pa.memory_map("out.arrow") as mapped:
+        done = pa.ipc.open_file(mapped).read_all()
+        assert done.column("key").to_pylist()[28:32] == ["a.arrow#28", "a.arrow#29", "b.arrow#0", "b.arrow#1"]
+        assert done.column("error").null_count == 60
+        wanted = expected(sums, paths)
+        for name, shape in (("rows", (3, HEIGHT)), ("y", (3, WIDTH))):
+            assert done.schema.field(name).type == pa.fixed_shape_tensor(pa.float32(), shape)
+            assert np.array_equal(done.column(name).combine_chunks().to_numpy_ndarray(), wanted[name])
+
+
+def test_rows_of_arrow_that_cannot_be_read_are_error_rows(vectors: Path) -> None:
+    rows = [[1.0] * 4, None, [1.0] * 5, [2.0] * 4]
+    table = pa.table({"x": rows})
+    with pa.OSFile("in.feather", "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    finished(vectors, input="in.feather", output="out.arrow", code=21)
+    with pa.memory_map("out.arrow") as mapped:
+        done = pa.ipc.open_file(mapped).read_all().to_pylist()
+    assert [row["y"] for row in done] == [[-1.0] * 4, None, None, [-2.0] * 4]
+    assert done[1]["error"] == "InvalidInput: the value is null"
+    assert done[2]["error"] == "InvalidInput: input 'x' takes shape (4,), the row has (5,)"
+
+
 def test_a_corrupt_input_is_an_error_row_and_a_list_may_name_what_is_not_there(sums: Path, pictures: Path) -> None:
     good = sorted(pictures.iterdir())[:6]
     Path("broken.png").write_bytes(good[0].read_bytes()[:100])
@@ -229,7 +259,7 @@ def end_whole_job(process: Process, victim: int) -> None:
     assert not psutil.wait_procs(others, timeout=PATIENCE_S)[1]
 
 
-@pytest.mark.parametrize("sink", ["parquet", "jsonl", "npy"])
+@pytest.mark.parametrize("sink", ["parquet", "arrow", "jsonl", "npy"])
 def test_killed_at_random_points_a_job_is_resumed_and_redoes_nothing_that_is_safe(
     vectors: Path, tmp_path: Path, sink: str
 ) -> None:
@@ -263,6 +293,9 @@ def test_killed_at_random_points_a_job_is_resumed_and_redoes_nothing_that_is_saf
         got = np.load("out.npy")
     elif sink == "parquet":
         got = column(pq.read_table("out.parquet"), "y", 4)
+    elif sink == "arrow":
+        with pa.memory_map("out.arrow") as mapped:
+            got = column(pa.ipc.open_file(mapped).read_all(), "y", 4)
     else:
         got = np.array([json.loads(line)["y"] for line in Path("out.jsonl").read_text().splitlines()])
     assert np.array_equal(got, -values)
@@ -341,7 +374,7 @@ def test_a_signal_stops_a_job_and_leaves_what_is_done(vectors: Path, monkeypatch
         ({"decode": "os:sep"}, 3, "os:sep is not a function; its type is str"),
         ({"max_batch": "other=3"}, 3, "--max-batch other=...: the job has one model, vectors"),
         ({"norm": "unit", "std": "0.5"}, 3, "contradict"),
-        ({"column": "x"}, 3, "--column is for Parquet"),
+        ({"column": "x"}, 3, "--column is for Parquet, Arrow and tar shards"),
         ({"output": "nowhere/out.npy"}, 3, "there is no folder nowhere; make it first"),
     ],
 )
