@@ -346,10 +346,15 @@ def figures(client: trtpool.Client, model: int = 0) -> ModelReport:
 
 
 def wait_all_free(client: trtpool.Client) -> None:
-    """Wait until every slot of every model is free."""
-    wait_until(
-        lambda: all(model.free == model.slots for model in client.status().models), "all slots free", client.status
-    )
+    """Wait until every slot of every model is free; what the client is granted in advance it gives back."""
+
+    def all_free() -> bool:
+        models = client.status().models
+        for number in range(len(models)):
+            client.session.requests.return_spares(number)
+        return all(model.free == model.slots for model in models)
+
+    wait_until(all_free, "all slots free", client.status)
 
 
 def producer(pool: StartedPool, code: str, *arguments: object, transport: str = "lifeline") -> Process:

@@ -335,6 +335,8 @@ def test_a_job_survives_the_end_of_its_processes(vectors: Path, monkeypatch: pyt
         with open("stuck", "w"):  # noqa: PTH123  # opens when a producer comes to that row
             Path("mine.py").write_text(NOTING.replace('"STUCK"', '"NOWHERE"'))  # for the producer that is replaced
             next(child for child in family(process.pid) if command_of(child) == victim).kill()
+            Path("stuck").unlink()  # for the other producer, should it get the chunk of one that was killed
+            Path("stuck").touch()
         said = process.rest(1) + process.rest(2)
         assert process.wait() == 0, said
     assert np.array_equal(np.load("out.npy"), -values)
