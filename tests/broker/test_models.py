@@ -34,7 +34,7 @@ def test_the_arena_is_laid_out_by_them():
     tensors = (TensorSpec("x", "float32", (8,)),), (TensorSpec("y", "float32", ()),)
     det, rec = lay_out(chosen, [ModelSpec(name, "/m", *tensors) for name in ("det", "rec")]).models
     assert (det.slots, det.items_per_slot, det.max_batch) == (5, 1, 8)
-    assert (rec.slots, rec.items_per_slot, rec.max_batch) == (8, 2, 4)
+    assert (rec.slots, rec.items_per_slot, rec.max_batch) == (4096, 2, 4)
 
 
 @pytest.mark.parametrize(

@@ -198,11 +198,10 @@ def test_a_pool_on_gpus_has_workers_that_see_one_each(plan, run_dir, on_gpus):
     options: dict[str, Any] = {"gpus": "3,0", "workers_per_gpu": 2, "lanes": 1}
     with StartedPool(plan, run_dir=run_dir, env=on_gpus(), **options) as pool:
         assert pool.announced.splitlines() == [
-            # (1 lane + 1) batches for each of 4 workers and 2 for producers
-            "model negate: x float32 (N, 4) -> y float32 (N, 4); 80 slots of 32 B, batches of up to 8",
+            "model negate: x float32 (N, 4) -> y float32 (N, 4); 4096 slots of 32 B, batches of up to 8",
             f"GPU 0: NVIDIA L4 (GPU-{fake.uuid_of(3)}), 2 workers",
             f"GPU 1: NVIDIA H100 80GB HBM3 (GPU-{fake.uuid_of(0)}), 2 workers",
-            f"ready: pool 'default' with 4 workers on 2 GPUs, arena 8.0 KiB, in {run_dir}",
+            f"ready: pool 'default' with 4 workers on 2 GPUs, arena 128.0 KiB, in {run_dir}",
         ]
         with pool.connect() as client:
             assert client.infer(x=np.ones(4, np.float32))["y"].tolist() == [-1, -1, -1, -1]

@@ -111,7 +111,7 @@ def test_messages_that_a_broker_has_not_read_are_read_by_the_next(pool: StartedP
 
 def test_a_request_that_waits_is_granted_by_the_next(pool: StartedPool, client: trtpool.Client, transport: str) -> None:
     with pool.connect(transport) as other:
-        held = client.lease_many(14)
+        held = client.lease_many(12)
         granted: list[trtpool.Leases] = []
         asking = threading.Thread(target=lambda: granted.append(other.lease_many(8, timeout_s=60)))
         asking.start()

@@ -149,7 +149,7 @@ def test_once_prints_one_look_without_a_terminal(pool):
     with Process(*top(pool, "--once", "--interval-s=0.1"), env={"COLUMNS": "80"}) as process:
         lines = process.succeed().splitlines()
     assert lines[0].startswith("trtpool default  serving")
-    assert row(lines, "slots", "negate")[:5] == ["32", "0", "0", "0", "0"]
+    assert row(lines, "slots", "negate")[:5] == ["4,096", "0", "0", "0", "0"]
     assert max(map(len, lines)) <= 80
 
 

@@ -211,7 +211,7 @@ def test_a_full_buffer_says_how_much_was_dropped(traced: StartedPool, tmp_path: 
         traced.connect() as third,
         begun(traced, output, "--buffer-mib=1") as command,
     ):
-        with other.lease_many(28), third.lease_many(4):
+        with other.lease_many(24), third.lease_many(8):
             for _ in range(5000):  # each has an error's text in it
                 with pytest.raises(trtpool.PoolBusy):
                     client.lease(timeout_s=0)
