@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,9 @@ from .variation import Variation
 if TYPE_CHECKING:
     from .handles import Result
     from .session import Session
+
+LARGE_RUN_BYTES: Final = 1 << 20
+"""A run of so much memory is held in no cache of a processor beside another."""
 
 LEASED, SUBMITTED, DONE, RELEASED = range(4)
 _STATE_TEXT = (
@@ -190,31 +193,42 @@ class ModelState:
         step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
             will lease as many again.
         unspent: submissions since a lease took the last spare, or found none.
+        slot_bytes: of a slot, in all planes.
     """
 
-    __slots__ = ("cap", "held", "inputs", "outputs", "spares", "step", "steps", "unspent", "variation", "varies")
+    __slots__ = (
+        "cap", "held", "inputs", "outputs", "slot_bytes", "spares", "step", "steps", "unspent", "variation", "varies",
+    )  # fmt: skip
 
     def __init__(self, layout: ModelLayout, cap: int) -> None:
         self.inputs = {plane.spec.name: ViewedPlane(layout, plane) for plane in layout.inputs}
         self.outputs = {plane.spec.name: ViewedPlane(layout, plane) for plane in layout.outputs}
         self.variation = Variation(layout)
         self.varies = bool(self.variation)
+        self.slot_bytes = layout.slot_bytes
         self.cap = cap
         self.held = 0
         self.step = self.steps = self.unspent = 0
         self.spares: deque[Claim] = deque()
 
-    def has_surplus(self, in_flight: int) -> bool:
-        """Whether another spare would be one too many; asked at each submission, with how many others are in flight.
+    def wants_spare(self, count: int, in_flight: int) -> bool:
+        """Whether a submission of `count` slots, beside so many others, should ask for as many in advance.
 
         Results, and spares with them, may come several at once, and whoever keeps several in flight takes them all.  So
         there are too many only if some were left over throughout two rounds of all that is in flight or spare.
+
+        None is wanted in place of what is large, unless it is a single slot that is waited for: a lease is little
+        beside it, and is granted rows that were just released and are still in a cache, unlike those granted before.
         """
-        self.unspent += 1
-        if self.unspent <= 2 * (len(self.spares) + in_flight):
+        if (in_flight or count > 1) and count * self.slot_bytes >= LARGE_RUN_BYTES:
             return False
+        self.unspent += 1
+        if not self.spares:
+            return True
+        if self.unspent <= 2 * (len(self.spares) + in_flight):
+            return True
         self.unspent = 0
-        return bool(self.spares)
+        return False
 
 
 class Tensors(Mapping[str, npt.NDArray[Any]]):

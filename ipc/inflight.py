@@ -72,7 +72,7 @@ class InFlight:
         """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slots with the result."""
         state = self._session.models[claim.model_index]
         in_rhythm = state.steps > 1 and state.step == claim.count
-        again = claim.count if in_rhythm and not state.has_surplus(len(self._pending)) else 0
+        again = claim.count if in_rhythm and state.wants_spare(claim.count, len(self._pending)) else 0
         return self.submit_again(claim, row, items, deadline_s, again, gpu, priority)
 
     def submit_again(

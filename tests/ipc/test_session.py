@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, consumes, invariant, prec
 
 from tests.ipc.fake_pool import BAD, MODEL, NET_S, SUM, FakePool, Threads, figures, in_turn, states, until
 from trtpool.ipc import messages as m
+from trtpool.ipc.claims import ModelState
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import (
     Cancelled,
@@ -33,8 +34,10 @@ from trtpool.ipc.errors import (
     PoolClosed,
 )
 from trtpool.ipc.handles import Lease, Result
+from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.link import MAX_SENT, TRANSPORTS, Link
 from trtpool.ipc.submitted import Submitted
+from trtpool.ipc.tensors import ModelSpec, TensorSpec
 
 ALL_FREE = (16, 0, 0, 0, 0)
 CAP = 12
@@ -571,6 +574,24 @@ def test_spares_that_are_no_longer_used_are_asked_for_no_more(client):
     in_step(client)
     rhythm(client, turns=8)
     assert len(client.session.models[0].spares) == 1
+
+
+@pytest.mark.parametrize(
+    ("slot_kib", "count", "in_flight", "wanted"),
+    [
+        (600, 1, 0, True),
+        (600, 1, 3, True),
+        (600, 8, 3, False),  # rows that were just released are still in a cache
+        (600, 8, 0, False),
+        (2048, 1, 0, True),  # it is waited for
+        (2048, 1, 1, False),
+        (1, 64, 3, True),
+    ],
+)
+def test_nothing_is_asked_for_in_advance_in_place_of_a_large_run(slot_kib, count, in_flight, wanted):
+    spec = ModelSpec("m", "/m", (TensorSpec("x", "uint8", (1024 * slot_kib - 4,)),), (TensorSpec("y", "int32", ()),))
+    state = ModelState(plan([ModelPlan(spec, 64, 1, 8)]).models[0], 48)
+    assert state.wants_spare(count, in_flight) == wanted
 
 
 def test_a_recall_returns_what_was_granted_in_advance(pool, client):
