@@ -181,7 +181,8 @@ def _headers(path: str, file: ShardFile) -> Iterator[tarfile.TarInfo]:
             f"--input {path} is no tar file: {error}; compressed ones must be called {' or '.join(SHARD_SUFFIXES[1:])}"
         ) from error
     with tar:
-        while (info := tar.next()) is not None:
+        is_empty = tar.offset == 0  # the first header was read by now; Python 3.10's `next` fails where there is none
+        while not is_empty and (info := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
             yield info
         file.seek(tar.offset)
