@@ -246,6 +246,8 @@ class _Pillow:
             return self._image.open(io.BytesIO(value if isinstance(value, bytes) else memoryview(value)))
         except TypeError as error:
             raise InvalidInput(f"a {type(value).__name__} is not an image; name a function with --decode") from error
+        except self._image.UnidentifiedImageError as error:  # whose text has an address in memory
+            raise InvalidInput("its bytes are no image that Pillow knows") from error
 
     def _pixels(self, image: Any) -> npt.NDArray[np.uint8]:
         if self._mode == "L":
