@@ -49,7 +49,13 @@ ROUNDING = 12
 a pixel of the map, four of a scan, may then be text or not."""
 
 
-def in_process(load: Callable[[], Any], find_text: Callable[[Any, Sequence[Path]], Iterator[Any]]) -> Any:
+WARM_UP = 4
+"""Pages that a step of one process has before the clock starts."""
+
+
+def in_process(
+    load: Callable[[], Any], find_text: Callable[[Any, Sequence[Path]], Iterator[Any]], warm_up: int = WARM_UP
+) -> Any:
     """A step that is called here: loaded, warmed up, measured."""
 
     def measure(pages: Sequence[Path]) -> Measured:
@@ -57,7 +63,7 @@ def in_process(load: Callable[[], Any], find_text: Callable[[Any, Sequence[Path]
             loaded = load()
             if hasattr(loaded, "__exit__"):  # a session has nothing to close
                 loaded = stack.enter_context(loaded)
-            list(find_text(loaded, pages[: step3_processes.SHARE * step3_processes.PRODUCERS]))
+            list(find_text(loaded, [pages[number % len(pages)] for number in range(warm_up)]))
             began_s = time.monotonic()
             found = list(find_text(loaded, pages))
             return found, time.monotonic() - began_s
@@ -79,7 +85,9 @@ STEPS: dict[str, Callable[[Sequence[Path]], Measured]] = {
     "0  loop": in_process(loop.load, loop.find_text),
     "1  infer": in_process(step1_infer.load, step1_infer.find_text),
     "2  map": in_process(step1_infer.load, step2_map.find_text),
-    "3  processes": in_process(step3_processes.load, step3_processes.find_text),
+    "3  processes": in_process(
+        step3_processes.load, step3_processes.find_text, step3_processes.SHARE * step3_processes.PRODUCERS
+    ),
     "4  trtpool run": as_a_job,
 }
 
