@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from scripts.benchlib.control import CASES, EVENTS, WHO, Perf, shares, wake_ups
 from scripts.benchlib.control_cli import main
+from scripts.benchlib.sweep import PLANS
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_control.py"
 
@@ -122,6 +123,11 @@ def test_without_py_spy_the_command_says_how_to_get_it(tmp_path):
     ended = run("--only", "single", "--window-s", "0.3", "--py-spy", path=tmp_path)
     assert ended.returncode == 1
     assert "py-spy is not installed: pip install py-spy" in ended.stderr
+
+
+def test_on_a_gpu_no_case_wants_larger_batches_than_the_plan_takes():
+    for case in CASES.values():
+        assert case.point.for_plan().max_batch == PLANS[1024][1] <= case.point.max_batch
 
 
 def test_each_event_is_shown_and_each_case_described():

@@ -97,7 +97,10 @@ def main(
         sweep = stack.enter_context(Sweep(folder, gpu, None if plan is None else lambda _: plan, busy_poll=busy_poll))
         for name in names:
             try:
-                costs = measured[name] = measure(sweep, CASES[name], window_s, folder if sample else None)
+                case = CASES[name]
+                if gpu is not None:
+                    case = case._replace(point=case.point.for_plan())
+                costs = measured[name] = measure(sweep, case, window_s, folder if sample else None)
             except FileNotFoundError as error:
                 raise click.ClickException(str(error)) from None
             console.print(_grid(name, costs))

@@ -62,6 +62,10 @@ class Point:
             max_batch=min(self.max_batch, max(1, room // 4) * self.items_per_slot),
         )
 
+    def for_plan(self) -> Point:
+        """The same on a GPU, where a plan bounds the batch."""
+        return replace(self, max_batch=min(self.max_batch, PLANS[self.item_bytes][1]))
+
     @property
     def window(self) -> int:
         """Runs that each producer keeps in flight: all together hold half of the slots at most, if they can."""
@@ -122,9 +126,7 @@ class Group:
     def point(self, value: int, *, gpu: bool) -> Point:
         """The base, but for one value, and for what that makes necessary."""
         point = replace(BASE, **{self.name: value}).fit()
-        if gpu:
-            return replace(point, max_batch=min(point.max_batch, PLANS[point.item_bytes][1]))
-        return point
+        return point.for_plan() if gpu else point
 
     @property
     def base(self) -> int:
