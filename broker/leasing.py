@@ -149,7 +149,8 @@ class Leasing:
             model.drop_requests()
 
     def refuse_all(self) -> None:
-        """The pool is stopping: nobody is granted anything."""
+        """The pool is stopping: nobody is granted anything, or uses again what was granted."""
+        self._recalls.ask_all()
         for model in self._books.models:
             for request in model.requests():
                 text = "the pool is stopping and grants no more slots"

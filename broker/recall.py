@@ -1,10 +1,10 @@
 """Slots that somebody holds and does nothing with, while others wait for them.
 
-Who lacks room has the others asked for what they hold idle (`messages.Recall`), each once after it was last granted
-any: it gives back at once what it can, and keeps back nothing that it releases until it is granted more in advance.  So
-those who hold slots and do nothing cost nothing, however many requests wait.  A process that then neither releases
-nor submits anything of that model for `recall_timeout_s` is *overdue*: that is said once, and with `evict` its
-process is ended, since it alone can give back slots that it may still write.
+Who lacks room has the others asked for what they hold (`messages.Recall`), each once after it was last granted any:
+it gives back at once what it can, and keeps nothing that it releases until it is granted more.  So those who hold
+slots and do nothing cost nothing, however many requests wait.  A process that then neither releases nor submits
+anything of that model for `recall_timeout_s` is *overdue*: that is said once, and with `evict` its process is ended,
+since it alone can give back slots that it may still write.
 
 Slots are idle while they are LEASED or DONE, and the process has no work of that model in flight: one that waits for
 the pool is not idle.  What the pool granted in advance counts for nothing, and as much again neither: its client may
@@ -127,21 +127,30 @@ class Recalls:
         self._owner_pid = owner_pid
 
     def ask(self, request: Request) -> None:
-        """Recall what others hold idle, once for each request, and look after it until nobody waits."""
+        """Recall what others hold, and look after it until nobody waits."""
         model, now_ns = request.model, self._books.now_ns
-        if not request.recalled:
-            request.recalled = True
-            unasked, model.unasked = model.unasked, {}
-            for producer in unasked:
-                if producer is request.producer:
-                    model.unasked[producer] = None
-                elif producer.held[model.index] and not producer.closed:
-                    self._books.send(producer.peer, m.Recall(model.index))
+        unasked, model.unasked = model.unasked, {}
+        for producer in unasked:
+            if producer is request.producer:
+                model.unasked[producer] = None
+            else:
+                self._recall(model, producer)
         if self.timeout_ns and not model.short_ns:
             model.short_ns = now_ns
             if not model.watched:
                 model.watched = True
                 self._timers.start(now_ns + self.timeout_ns, model)
+
+    def ask_all(self) -> None:
+        """Recall what anybody holds: the pool is stopping, and nobody shall go on with slots that are done."""
+        for model in self._books.models:
+            model.unasked = {}
+            for producer in self._books.producers.values():
+                self._recall(model, producer)
+
+    def _recall(self, model: Model, producer: Producer) -> None:
+        if producer.held[model.index] and not producer.closed:
+            self._books.send(producer.peer, m.Recall(model.index))
 
     def look(self, model: Model, late_ns: int) -> None:
         """See what became of a recall, as long as anybody waits for room; a broker that stood still blames nobody."""

@@ -74,11 +74,10 @@ class Request:
         deadline_ns: 0: for ever.
         asked_ns: since when it waits.
         number: rises in order of arrival, among those of its model.
-        recalled: others were asked for what they hold idle.
     """
 
     __slots__ = (
-        "asked_ns", "count", "deadline_ns", "model", "number", "over", "priority", "producer", "recalled", "request",
+        "asked_ns", "count", "deadline_ns", "model", "number", "over", "priority", "producer", "request",
     )  # fmt: skip
 
     def __init__(
@@ -99,7 +98,6 @@ class Request:
         self.priority = priority
         self.asked_ns = asked_ns
         self.over = False
-        self.recalled = False
         model.asked += 1
         self.number = model.asked
         producer.waiting += 1

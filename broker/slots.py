@@ -2,10 +2,12 @@
 
 ::
 
-    FREE -> LEASED -> QUEUED -> RUNNING -> DONE -> FREE
-              |         ^----------'        |
-              |         RETRY               |
-              '--------- RELEASE -----------'
+                        .--------- SUBMIT ---------.
+                        v                          |
+    FREE -> LEASED -> QUEUED -> RUNNING ---------> DONE -> FREE
+              |         ^----------'               |
+              |         RETRY                      |
+              '------------- RELEASE --------------'
 
 `TRANSITIONS` is the whole truth; `move` applies it to adjacent slots at once, with `bytes.translate`, so
 that its cost hardly depends on how many there are.
@@ -51,7 +53,8 @@ FINISH: Final = int(Event.FINISH)
 RELEASE: Final = int(Event.RELEASE)
 
 TRANSITIONS: Final[dict[Event, dict[State, State]]] = {
-    Event.SUBMIT: {State.LEASED: State.QUEUED},
+    # What is done may be used again by who holds it, without being given back.
+    Event.SUBMIT: {State.LEASED: State.QUEUED, State.DONE: State.QUEUED},
     Event.DISPATCH: {State.QUEUED: State.RUNNING},
     # Its batch failed or its worker ended.
     Event.RETRY: {State.RUNNING: State.QUEUED},

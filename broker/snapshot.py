@@ -101,7 +101,6 @@ class _Request(_Saved, frozen=True):
     request: int
     count: int
     deadline_ns: int
-    recalled: bool
     priority: int
     asked_ns: int
 
@@ -284,7 +283,7 @@ def _save_model(model: Model, virtual: int) -> _Model:
         model.path,
         [
             _Request(
-                *(one.producer.peer, one.request, one.count, one.deadline_ns, one.recalled, one.priority),
+                *(one.producer.peer, one.request, one.count, one.deadline_ns, one.priority),
                 one.asked_ns,
             )
             for one in model.requests()
@@ -338,7 +337,6 @@ def _restore_model(core: Core, model: Model, saved: _Model, leases: dict[int, Le
     for one in saved.waiting:
         producer = core.producers[one.producer]
         request = Request(producer, model, one.request, one.count, one.deadline_ns, one.priority, one.asked_ns)
-        request.recalled = one.recalled
         model.add_request(request)
     model.path = saved.path
     model.unasked = dict.fromkeys(core.producers[peer] for peer in saved.unasked)

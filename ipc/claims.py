@@ -13,13 +13,14 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from . import messages as m
 from .errors import InvalidInput, SpentHandle
+from .keeping import REUSED_BYTES, Kept
 from .layout import ModelLayout, Plane
 from .settings import BULK
 from .tensors import check_array
@@ -29,9 +30,6 @@ from .variation import Variation
 if TYPE_CHECKING:
     from .handles import Result
     from .session import Session
-
-LARGE_RUN_BYTES: Final = 1 << 20
-"""A run of so much memory is held in no cache of a processor beside another."""
 
 LEASED, SUBMITTED, DONE, RELEASED = range(4)
 _STATE_TEXT = (
@@ -189,6 +187,9 @@ class ModelState:
         cap: slots this client may hold.
         held: slots it holds.
         variation: in what its items differ.
+        kept: slots that their caller released, the oldest first; see `keeping`.
+        unused: how many of these were there all the time since `take_unused` was called.
+        keeps: whether there may be any: not while this client, or others, wait for slots.
         spares: claims granted in advance, by a Submit's `again`.
         step, steps: how many slots were released last, and how often in a row it was as many: a caller in a rhythm
             will lease as many again.
@@ -197,7 +198,8 @@ class ModelState:
     """
 
     __slots__ = (
-        "cap", "held", "inputs", "outputs", "slot_bytes", "spares", "step", "steps", "unspent", "variation", "varies",
+        "cap", "held", "inputs", "keeps", "kept", "outputs", "slot_bytes", "spares", "step", "steps", "unspent",
+        "unused", "variation", "varies",
     )  # fmt: skip
 
     def __init__(self, layout: ModelLayout, cap: int) -> None:
@@ -208,8 +210,47 @@ class ModelState:
         self.slot_bytes = layout.slot_bytes
         self.cap = cap
         self.held = 0
-        self.step = self.steps = self.unspent = 0
+        self.step = self.steps = self.unspent = self.unused = 0
+        self.keeps = True
         self.spares: deque[Claim] = deque()
+        self.kept: deque[Kept] = deque()
+
+    def keep(self, run: Kept) -> bool:
+        """Keep what its caller has released, if the caller is in a rhythm and it is worth it; whether it is kept."""
+        self.steps = self.steps + 1 if self.step == run.count else 1
+        self.step = run.count
+        kept = self.keeps and self.steps > 1 and self.uses_again(run.count)
+        if kept:
+            self.kept.append(run)
+        return kept
+
+    def uses_again(self, count: int) -> bool:
+        """Whether a run of so many slots is used again, and not given back for another."""
+        return count * self.slot_bytes >= REUSED_BYTES
+
+    def take(self, count: int) -> Kept | None:
+        """Of the runs of so many slots that are kept the youngest, whose rows a cache may still hold."""
+        kept = self.kept
+        for place in range(len(kept) - 1, -1, -1):
+            run = kept[place]
+            if run.count == count:
+                del kept[place]
+                self.unused = min(self.unused, len(kept))
+                return run
+        return None
+
+    def take_unused(self) -> list[Kept]:
+        """Those that there were too many of since this was last called."""
+        unused = [self.kept.popleft() for _ in range(self.unused)]
+        self.unused = len(self.kept)
+        return unused
+
+    def take_all(self) -> list[Kept]:
+        """All that is kept."""
+        runs = list(self.kept)
+        self.kept.clear()
+        self.unused = 0
+        return runs
 
     def wants_spare(self, count: int, in_flight: int) -> bool:
         """Whether a submission of `count` slots, beside so many others, should ask for as many in advance.
@@ -217,10 +258,9 @@ class ModelState:
         Results, and spares with them, may come several at once, and whoever keeps several in flight takes them all.  So
         there are too many only if some were left over throughout two rounds of all that is in flight or spare.
 
-        None is wanted in place of what is large, unless it is a single slot that is waited for: a lease is little
-        beside it, and is granted rows that were just released and are still in a cache, unlike those granted before.
+        None is wanted in place of what is used again.
         """
-        if (in_flight or count > 1) and count * self.slot_bytes >= LARGE_RUN_BYTES:
+        if self.uses_again(count):
             return False
         self.unspent += 1
         if not self.spares:

@@ -69,7 +69,7 @@ class InFlight:
         gpu: int | None,
         priority: object = None,
     ) -> Submitted:
-        """Queue a claim; see `Lease.submit`.  A caller in a rhythm is granted its next slots with the result."""
+        """Queue a claim; see `Lease.submit`.  One in a rhythm with small runs is granted the next with the result."""
         state = self._session.models[claim.model_index]
         in_rhythm = state.steps > 1 and state.step == claim.count
         again = claim.count if in_rhythm and state.wants_spare(claim.count, len(self._pending)) else 0
@@ -114,10 +114,11 @@ class InFlight:
             claim.state = SUBMITTED
             claim.submitted_ns = time.monotonic_ns()
             self._pending[seq] = submitted
+            leased_ns = 0 if claim.lease_ns else claim.leased_ns  # of what was not asked for nobody else knows it
             self._wire.send(
                 m.Submit(
                     *(claim.lease_id, claim.at, claim.count, seq, given, deadline_ns, again, gpu, number),
-                    *(shapes, shared),
+                    *(shapes, shared, leased_ns),
                 )
             )
         if log.isEnabledFor(logging.DEBUG):

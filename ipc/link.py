@@ -30,6 +30,7 @@ import zmq
 
 from . import messages as m
 from .errors import PoolClosed, ProtocolError
+from .keeping import Keeper
 from .lifeline import CONNECT_TIMEOUT_S, Description
 from .pipe import FRAME_BYTES, HEARD_ALONE, HEARD_WITH, Hearing, Post
 from .settings import MAX_FRAME_BYTES, PROTOCOL_VERSION
@@ -185,7 +186,8 @@ class Link:
                 pass
         else:
             timeout_ms = None if timeout_s is None else max(0.0, timeout_s * 1000)
-            if self._spin is None or threading.active_count() > 1:  # who looks keeps the interpreter from the others
+            # Who looks keeps the interpreter from other threads; a keeper sleeps.
+            if self._spin is None or threading.active_count() - Keeper.count() > 1:
                 ready = self._poller.poll(timeout_ms)
             else:
                 limit_ns = None if timeout_ms is None else int(timeout_ms * 1e6)

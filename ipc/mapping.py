@@ -3,8 +3,8 @@
 Items are leased and submitted in runs, of a few MiB or a quarter of the window, so that a message carries many; where
 items differ in shape, those of one shape that follow each other go together.
 A run that fills slowly is submitted as far as it is filled, so that its first items start while the next are written.
-Each Submit asks for as many slots again, which come with the result:
-a steady stream needs one message each way for each run.
+The slots of a run that was read are used again, or, of a small one, each Submit asks for as many, which come with the
+result: a steady stream needs one message each way for each run.
 
 `Mapper` is driven by one thread at a time: the reader's own in a ``for``, one of the stream's in an ``async for``, see
 `trtpool.ipc.streams`.  An item that cannot be written is a part of its own, without slots, so that it keeps its place.
@@ -283,7 +283,7 @@ class Mapper(Generic[T]):
         return rest
 
     def _submit(self, claim: Claim, batch: list[T], items: int) -> None:
-        again = 0 if self._exhausted else claim.count
+        again = 0 if self._exhausted or self._session.models[self._model].uses_again(claim.count) else claim.count
         try:
             submitted = self._session.work.submit_again(claim, None, items, None, again, self._gpu)
         except BaseException:

@@ -135,11 +135,14 @@ class Submit(_Message, frozen=True, tag=5):
 
     The slots hold `items` items: all are full but the last, which has at least one.  `seq` rises with
     every Submit of a lease.  The work is dropped when it is still queued `deadline_ns` after it arrived
-    (None: never).  `again` asks for that many new slots when the work is done, if nobody else waits: granted
-    rows then lie side by side with those of the batch-mates, and a steady producer needs one message for
-    each piece of work.  `gpu` is the pool's number for the one GPU that may run it (None: any), `priority` a class
+    (None: never).  `gpu` is the pool's number for the one GPU that may run it (None: any), `priority` a class
     of `settings.PRIORITIES`.  `shapes` are those of all its items, for inputs that vary, and `shared` is a digest of
     the shared inputs, which are the same in all its slots: only what is equal in both goes into a batch together.
+
+    A steady producer needs one message for each piece of work, in one of two ways.  `again` asks for that many new
+    slots when the work is done, if nobody else waits: granted rows then lie side by side with those of the batch-mates.
+    And slots whose end was told may be submitted once more in place of being released; `leased_ns` is when their
+    caller got them, on the clock of `Finished.ended_ns`, and 0 for slots that it asked for.
     """
 
     lease: U63
@@ -153,6 +156,7 @@ class Submit(_Message, frozen=True, tag=5):
     priority: Class = BULK
     shapes: Shapes = ()
     shared: Annotated[bytes, msgspec.Meta(max_length=SHARED_BYTES)] = b""
+    leased_ns: U63 = 0
 
 
 class Done(_Message, frozen=True, tag=6):

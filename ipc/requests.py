@@ -1,7 +1,8 @@
 """What a client asks the broker: for slots, and for the pool's figures.
 
-A caller in a rhythm is granted its next slots in advance, with a result: the *spares*.  They are lent out again without
-a word to the broker, and go back when something else is asked for.
+A caller in a rhythm need not ask: what it released is kept, see `keeping`; or, of small runs, its next slots are
+granted in advance, with a result: the *spares*.  Both are lent out without a word to the broker, and go back when
+something else is asked for.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from . import messages as m
-from .claims import Claim, ModelState
+from .claims import Claim
 from .errors import LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
+from .keeping import Kept
 from .settings import BULK
 from .waiting import AnyOf, Stopped, Target
 from .wire import Wire, wire_ns
@@ -62,10 +64,16 @@ class Requests:
         return self.answer(self.ask(model, count, timeout_s, at_once=True, priority=priority))
 
     def take_spare(self, model: int, count: int, priority: int = BULK) -> Claim | None:
-        """A claim on exactly `count` slots that was granted in advance, if there is one."""
+        """A claim on exactly `count` slots that were kept, or granted in advance, if there are any."""
         self._wire.check_process()
         state = self._session.models[model]
         with self._wire.driver:
+            run = state.take(count) if state.kept else None
+            if run is not None:
+                claim = Claim(self._session, model, run.lease_id, run.first, run.at, count)
+                claim.priority = priority
+                claim.leased_ns = time.monotonic_ns()
+                return claim
             for spare in state.spares:
                 if spare.count == count:
                     state.spares.remove(spare)
@@ -91,8 +99,9 @@ class Requests:
         wait_ns = wire_ns(timeout_s)
         with self._wire.driver:
             self._wire.require_open()
-            self._return_spares(state)
+            self._return_spares(model)
             state.unspent = 0
+            state.keeps = False
             coming = self._session.work.coming(model)
             if at_once and state.held + count - coming > state.cap and self._is_only_thread():
                 raise LeaseTooLarge(
@@ -132,7 +141,7 @@ class Requests:
     def room(self, model: int) -> int:
         """How many slots more this client may hold."""
         state = self._session.models[model]
-        return state.cap - state.held
+        return state.cap - state.held + sum(run.count for run in state.kept)
 
     def answer(self, request: Request, stop: Target | None = None) -> list[Claim]:
         """Wait for the answer to `ask`, or raise `Stopped` when `stop` is over first; the broker keeps the time."""
@@ -161,11 +170,11 @@ class Requests:
             self._wire.exchange()
 
     def return_spares(self, model: int) -> None:
-        """Give back what was granted in advance."""
+        """Give back what was kept or granted in advance."""
         if self._wire.gone:
             return
         with self._wire.driver:
-            self._return_spares(self._session.models[model])
+            self._return_spares(model)
         self._wire.flush()
 
     def report(self, timeout_s: float) -> bytes:
@@ -190,15 +199,19 @@ class Requests:
         self._open[number] = request
         self._wire.send(message(number))
 
-    def _return_spares(self, state: ModelState) -> None:
-        self._return_claims(list(state.spares))
+    def _return_spares(self, model: int) -> None:
+        state = self._session.models[model]
+        spares = list(state.spares)
         state.spares.clear()
+        self._return_claims(spares)
+        self._session.returns.give_kept_back(model)
 
     def _return_claims(self, claims: Sequence[Claim]) -> None:
         """Give back slots that nobody has seen."""
         for claim in claims:
             claim.released = True
-            self._session.returns.give_back(claim.model_index, claim.lease_id, claim.at, claim.count)
+            run = Kept(claim.lease_id, claim.first, claim.at, claim.count)
+            self._session.returns.give_back(claim.model_index, run)
 
     # ------------------------------------------------------------------ what the broker says
 
@@ -218,7 +231,9 @@ class Requests:
             self._session.models[grant.model].held += run.count
         if request is None:
             self._add_spare(grant.model, claims)
-        elif request.abandoned:
+            return
+        self._session.models[grant.model].keeps = True
+        if request.abandoned:
             del self._open[grant.request]
             self._return_claims(claims)
         else:
@@ -245,7 +260,8 @@ class Requests:
 
     def recalled(self, recall: m.Recall) -> None:
         """Others wait for slots."""
-        self._return_spares(self._session.models[recall.model])
+        self._session.models[recall.model].keeps = False
+        self._return_spares(recall.model)
         self._wire.hurry()
 
     def reported(self, report: m.Report) -> None:
@@ -267,13 +283,14 @@ class Requests:
             for spare in state.spares:
                 spare.released = True
             state.spares.clear()
+            state.take_all()
         for number in list(self._open):
             self._answer(number, PoolClosed(reason))
 
     def close(self) -> None:
-        """Give back what was granted in advance."""
-        for state in self._session.models:
-            self._return_spares(state)
+        """Give back what was kept or granted in advance."""
+        for model in range(len(self._session.models)):
+            self._return_spares(model)
 
     def _answer(self, number: int, answer: list[Claim] | bytes | TrtpoolError) -> None:
         request = self._open.pop(number)

@@ -29,6 +29,7 @@ from .arena import Residence, map_segment
 from .claims import ModelState
 from .errors import InvalidInput, PoolClosed
 from .inflight import InFlight
+from .keeping import Keeper
 from .layout import Layout
 from .lifeline import Unwelcome, receive_description
 from .lifeline import connect as connect_lifeline
@@ -46,6 +47,7 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def _forget_in_child() -> None:
+    Keeper.forget_in_child()
     for session in _sessions:
         session.wire.forked = True
         session.link.abandon_in_child()
@@ -167,7 +169,7 @@ class Session:
         return number
 
     def _is_only_thread(self) -> bool:
-        return threading.active_count() - self._background.idle - Attendant.count() == 1
+        return threading.active_count() - self._background.idle - Attendant.count() - Keeper.count() == 1
 
     # ------------------------------------------------------------------ waiting
 
@@ -218,8 +220,8 @@ class Session:
                 returns.settle_dropped()
             finally:
                 self._driver.release()
-        if returns.kept:
-            returns.warn_of_kept()
+        if returns.held:
+            returns.warn_of_held()
 
     # ------------------------------------------------------------------ the end
 
@@ -249,4 +251,5 @@ class Session:
             self._background.stop()
         self._driver.quiesce()
         self._background.join()
+        self.returns.close()
         wire.link.close(linger_ms)

@@ -14,7 +14,7 @@ from .errors import ConfigError
 from .layout import Layout
 from .normalization import Normalization
 
-PROTOCOL_VERSION: Final = 6
+PROTOCOL_VERSION: Final = 7
 """Rises with every change to a message, to the description or to the order they come in."""
 
 TOKEN_BYTES: Final = 40

@@ -4,7 +4,7 @@
 
     producer   Lease -> Grant            "lease": it waits for slots
                Grant -> Submit           "fill"; of a lease that is submitted in parts, from the submission before
-               Done -> Release           "read"
+               Done -> Release           "read"; of slots that are used again, to their next fill
     queue      Submit -> Run             for each attempt; an attempt that fails puts the work back
     worker     Run -> Finished           an execution, whose phases `tracks` puts in their places
     arrows     fill -> execution -> read, for all slots of a submission that went through together
@@ -57,6 +57,10 @@ class _Reading:
     count: int
     left: int
     slice: Slice
+
+    def overlap(self, first: int, count: int) -> int:
+        """How many of these slots it is of; negative if they are further apart."""
+        return min(first + count, self.at + self.count) - max(first, self.at)
 
 
 @dataclass(eq=False, slots=True)
@@ -176,32 +180,45 @@ class _Teller:
         args = self._args(lease.model, work=work, items=message.items, slots=message.count)
         if lease.advance:
             args["granted_in_advance"] = True
-        fill = Slice(peer, "fill", lease.since_ns, now_ns, f"fill {work}", args)
+        # Slots that are used again were done since then, and the client says when it had read them: by its own clock,
+        # which may be another, in a container with a time namespace.
+        readings = [one.slice.start_ns for one in lease.readings if one.overlap(message.first, message.count) > 0]
+        since_ns = max(readings, default=lease.since_ns)
+        if since_ns <= message.leased_ns <= now_ns:
+            since_ns = message.leased_ns
+        used_again = self._end_reading(lease, message.first, message.count, since_ns)
+        fill = Slice(peer, "fill", since_ns, now_ns, f"fill {work}", args)
         self.story.slices.append(fill)
         lease.fills[message.seq] = fill
         lease.since_ns = now_ns
-        lease.left -= message.count
+        lease.left -= message.count - used_again
         self._queue[lease.id, message.seq] = _Queued(lease.model, peer, now_ns, message.count)
 
     def _release(self, peer: int, message: m.Release, now_ns: int) -> None:
         lease = self._leases.get(message.lease)
         if lease is None or lease.peer != peer:
             return
-        end, read = message.first + message.count, 0
-        for reading in lease.readings[:]:
-            some = min(end, reading.at + reading.count) - max(message.first, reading.at)
-            if some > 0:
-                read += some
-                reading.left -= some
-                if reading.left <= 0:
-                    reading.slice.end_ns = now_ns
-                    lease.readings.remove(reading)
+        read = self._end_reading(lease, message.first, message.count, now_ns)
         lease.left -= message.count - read
         if read < message.count and lease.left <= 0:
             self._hold(lease, now_ns, "given back unused")
         lease.live -= message.count
         if lease.live <= 0:
             del self._leases[lease.id]
+
+    @staticmethod
+    def _end_reading(lease: _Lease, first: int, count: int, now_ns: int) -> int:
+        """Slots are read no more; how many of them were being read."""
+        read = 0
+        for reading in lease.readings[:]:
+            some = reading.overlap(first, count)
+            if some > 0:
+                read += some
+                reading.left -= some
+                if reading.left <= 0:
+                    reading.slice.end_ns = now_ns
+                    lease.readings.remove(reading)
+        return read
 
     def _finish(self, worker: int, message: m.Finished, now_ns: int) -> None:
         sent = self._running.pop((worker, message.batch), None)

@@ -13,7 +13,7 @@ import select
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Final
@@ -27,6 +27,7 @@ from trtpool.broker.loop import Loop, configure
 from trtpool.ipc import lifeline
 from trtpool.ipc import messages as m
 from trtpool.ipc.arena import create_segment
+from trtpool.ipc.keeping import REUSED_BYTES
 from trtpool.ipc.layout import ModelPlan, plan
 from trtpool.ipc.rundir import LIFELINE
 from trtpool.ipc.settings import MAX_FRAME_BYTES, PROTOCOL_VERSION, BrokerConfig
@@ -89,6 +90,11 @@ class Case:
     run_us: int = 300
 
     @property
+    def uses_again(self) -> bool:
+        """Whether a client with items of 1 KiB would use the slots of a run again."""
+        return self.run * self.items_per_slot << 10 >= REUSED_BYTES
+
+    @property
     def slots(self) -> int:
         """Room for four times what is in flight, so that the next can be granted in advance."""
         in_flight = self.producers * self.window * self.run
@@ -142,11 +148,16 @@ class _End:
 
 
 class Client:
-    """Keeps runs in flight as the real one does: results are released with the next submission, in one frame."""
+    """Keeps runs in flight as the real one does.
+
+    Those that the real one would use again are submitted again; others are released with the next submission, in one
+    frame.
+    """
 
     def __init__(self, end: _End, case: Case, traffic: Traffic) -> None:
         self._end, self._case, self._traffic = end, case, traffic
         self._request = self._seq = 0
+        self._runs: dict[int, tuple[int, int]] = {}  # slots of a lease that is used again, and those not done
         self._owed = 0  # slots that came back and were not granted anew
         self.stopped = False
         end.send([self._lease() for _ in range(case.window)])
@@ -157,23 +168,24 @@ class Client:
 
     def step(self) -> None:
         """Answer what has come; after `stopped`, release what is done and submit nothing."""
-        done = granted = 0
         said: list[m.ToBroker] = []
         submissions: list[m.ToBroker] = []
         for message in self._end.receive():
             if type(message) is m.Done:
                 if message.status != m.OK:
                     raise RuntimeError(f"the broker ended work with {message}")
-                done += message.count
-                said.append(m.Release(message.lease, message.first, message.count))
+                self._traffic.items += message.count * self._case.items_per_slot
+                if self._case.uses_again:
+                    (said if self.stopped else submissions).extend(self._again(message))
+                else:
+                    self._owed += message.count
+                    said.append(m.Release(message.lease, message.first, message.count))
             elif type(message) is m.Grant:
                 for lease_id, run in message.leases:
-                    granted += 0 if message.request else run.count
+                    self._owed -= 0 if message.request else run.count
                     submissions.append(self._submit(lease_id, run.count))
             elif type(message) not in (m.Welcome, m.Recall):
                 raise RuntimeError(f"the broker said {message}")
-        self._traffic.items += done * self._case.items_per_slot
-        self._owed += done - granted
         if not self.stopped:
             said += submissions
             while self._owed >= self._case.run:
@@ -183,6 +195,14 @@ class Client:
             self._send_apart(said)
         elif said:
             self._end.send(said)
+
+    def _again(self, done: m.Done) -> Iterator[m.ToBroker]:
+        """What follows when all of a run is done, which may end in parts."""
+        count, left = self._runs[done.lease]
+        left -= done.count
+        self._runs[done.lease] = count, left
+        if not left:
+            yield m.Release(done.lease, 0, count) if self.stopped else self._submit(done.lease, count)
 
     def _send_apart(self, said: list[m.ToBroker]) -> None:
         """A result's release and the next submission, or request, in a frame for each of these."""
@@ -196,7 +216,10 @@ class Client:
 
     def _submit(self, lease_id: int, count: int) -> m.Submit:
         self._seq += 1
-        return m.Submit(lease_id, 0, count, self._seq, count * self._case.items_per_slot, None, count)
+        again = count
+        if self._case.uses_again:
+            self._runs[lease_id], again = (count, count), 0
+        return m.Submit(lease_id, 0, count, self._seq, count * self._case.items_per_slot, None, again)
 
     def close(self) -> None:
         self._end.close()

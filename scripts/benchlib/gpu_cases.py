@@ -58,8 +58,7 @@ class GpuCase:
         plan: the plan's name.
         max_batch: items in a batch.
         producers, run, window: processes, the slots that each writes at a time, and such runs in flight for each.
-        slots, items_per_slot: of the pool for one GPU.  Producers get slots in advance, and so need not ask, while a
-            quarter is free beside what they hold: their runs in flight, and one more each.
+        slots, items_per_slot: of the pool for one GPU.
         period: slots that each has prepared; a prime.
         today_window: items in flight for each producer of "today".
         aims: what is compared.

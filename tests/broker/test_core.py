@@ -134,7 +134,7 @@ def producers_slots(rig: Rig) -> dict[str, int]:
     return leases
 
 
-@pytest.mark.parametrize("state", ["done", "running", "queued", "released"])
+@pytest.mark.parametrize("state", ["running", "queued", "released"])
 def test_a_spent_slot_cannot_be_submitted(rig, state):
     lease = producers_slots(rig)[state]
     rig.refused(1, m.Submit(lease, 0, 1, 9, 1))
@@ -605,6 +605,27 @@ def test_a_short_batch_is_not_sent_ahead(rig):
     assert sent(rig.turn(), m.Run) == []
     rig.submit(1, 3)  # a full batch is worth it
     assert sum(rows.items for rows in run_of(rig.turn()).rows) == 4
+
+
+def test_what_is_done_may_be_submitted_again(rig):
+    """In place of being released, as often as its producer likes; what was not run yet may not."""
+    lease = rig.lease(1, 4)
+    for seq in range(3):
+        rig.say(1, m.Submit(lease, 0, 4, seq, 4))
+        assert rig.states() == (12, 0, 4, 0, 0)
+        rig.refused(1, m.Submit(lease, 0, 4, seq + 10, 4))
+        run = run_of(rig.turn())
+        rig.refused(1, m.Submit(lease, 0, 4, seq + 10, 4))
+        (done,) = sent(rig.finish(10, run), m.Done, 1)
+        assert (done.seq, done.count, done.status) == (seq, 4, m.OK)
+        assert rig.states() == (12, 0, 0, 0, 4)
+    assert "seq 2 after 2" in rig.refused(1, m.Submit(lease, 0, 4, 2, 4)).text
+    rig.say(1, m.Release(lease, 0, 1), m.Submit(lease, 1, 2, 3, 2))
+    rig.refused(1, m.Submit(lease, 0, 4, 4, 4))  # one was released
+    (done,) = sent(rig.finish(10, run_of(rig.turn())), m.Done, 1)
+    assert (done.first, done.count) == (1, 2)
+    rig.say(1, m.Release(lease, 1, 3))
+    assert rig.states() == (16, 0, 0, 0, 0)
 
 
 def test_again_grants_when_the_work_is_done(rig):
@@ -1159,6 +1180,15 @@ def test_drain_refuses_leases_finishes_work_and_says_so_once(rig):
     assert rig.turn() == []
 
 
+def test_drain_recalls_what_is_held(rig):
+    """Whoever uses slots again asks for none, and is not refused any."""
+    rig.lease(1, 1)
+    rig.lease(2, 2)
+    rig.join(4)
+    actions = rig.do(e.Drain())
+    assert [one.peer for one in actions if isinstance(one, e.Send) and isinstance(one.message, m.Recall)] == [1, 2]
+
+
 def test_drain_waits_for_what_is_to_be_tried_again(rig):
     rig.submit(1, 2)
     run = run_of(rig.turn())
@@ -1176,9 +1206,8 @@ def test_a_drain_answers_a_request_once():
     rig, _ = filled()
     rig.say(3, m.Lease(31, 0, 1, 5 * MS))
     rig.turn()
-    (action,) = rig.do(e.Drain())
-    assert isinstance(action, e.Send)
-    assert (action.peer, action.message.code, action.message.request) == (3, m.CLOSING, 31)
+    (error,) = sent(rig.do(e.Drain()), m.Error)
+    assert (error.code, error.request) == (m.CLOSING, 31)
     assert rig.turn(6 * MS) == [e.Drained()]
 
 

@@ -421,7 +421,7 @@ class CoreMachine(RuleBasedStateMachine):
             and variant in self.variants
             and any(lease.holds(at) for at in range(len(lease.slots)))
             and first + count <= len(lease.slots)
-            and all(state == LEASED for state in lease.slots[first : first + count])
+            and all(state in (LEASED, DONE) for state in lease.slots[first : first + count])
             and seq > lease.seq
             and full - model.items_per_slot < items <= full
             and wanted <= model.cap

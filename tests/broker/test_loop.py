@@ -464,6 +464,7 @@ def test_a_drain_says_bye_to_all(broker):
     (error,) = idle.ask(m.Lease(1, 0, 1, None))
     assert isinstance(error, m.Error)
     assert error.code == m.CLOSING
+    assert client.receive() == [m.Recall(0)]  # of slots that it might use again
     worker.finish(run)
     done, bye = client.receive() + client.receive()
     assert isinstance(done, m.Done)

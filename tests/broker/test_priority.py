@@ -467,6 +467,7 @@ def test_now_or_never_passes_by_bulk_in_its_turn():
     rig.say(1, m.Release(lease, 0, 5))
     for n in range(OVERTAKES):
         assert grants(rig.say(4, m.Lease(40 + n, 0, 1, 0, INTERACTIVE))) == [(4, 40 + n)]
+    assert sent(rig.turn(), m.Recall, 4), "others wait: it must not use again what it was granted"
     rig.refused(4, m.Lease(50, 0, 1, 0, INTERACTIVE), m.BUSY)
     rig.refused(4, m.Lease(51, 0, 1, 0), m.BUSY)
 

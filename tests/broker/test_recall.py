@@ -13,7 +13,7 @@ from trtpool.broker import recall
 from trtpool.ipc import messages as m
 from trtpool.ipc.errors import ConfigError
 from trtpool.ipc.report import HolderReport
-from trtpool.ipc.settings import ModelSource, PoolSettings
+from trtpool.ipc.settings import INTERACTIVE, ModelSource, PoolSettings
 
 S = 1000 * MS
 TIMEOUT_S = 10
@@ -84,6 +84,19 @@ def test_who_holds_slots_is_asked_once_until_it_is_granted_more():
     (first, second) = sent(rig.turn(), m.Grant)
     assert (first.leases[0][1].count, second.leases[0][1].count) == (2, 1)
     assert recalled(wait_for(rig, 2, 1)) == [3], "it alone was granted any since"
+
+
+def test_one_that_is_granted_slots_while_others_wait_is_asked_at_once():
+    """Else it could use them again for ever."""
+    rig = make(evict=False)
+    rig.lease(1, 5)
+    rig.lease(2, 2)
+    assert recalled(wait_for(rig, 3, 3)) == [1, 2]
+    rig.say(4, m.Lease(40, 0, 1, None, INTERACTIVE))
+    actions = rig.turn()
+    assert grants(actions) == [(4, 40)]
+    assert recalled(actions) == [4]
+    assert recalled(rig.turn(MS)) == []
 
 
 def test_one_who_waits_is_asked_when_another_waits_too():

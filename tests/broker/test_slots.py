@@ -31,7 +31,7 @@ def test_the_drawing_is_complete():
 
 def test_a_move_is_all_or_nothing():
     states = bytearray([State.LEASED, State.LEASED, State.QUEUED])
-    with pytest.raises(IllegalTransition, match="they are LEASED, QUEUED, which must be LEASED"):
+    with pytest.raises(IllegalTransition, match="they are LEASED, QUEUED, which must be DONE or LEASED"):
         move(states, Event.SUBMIT, 0, 3)
     assert states == bytes([State.LEASED, State.LEASED, State.QUEUED])
 

@@ -271,6 +271,37 @@ def test_slots_granted_with_a_result_say_so_and_those_given_back_too(rig: Traced
     assert fills[2].name == "given back unused"
 
 
+@pytest.mark.parametrize(("leased_ms", "read_until_ms"), [(45, 45), (0, 40), (999, 40)])
+def test_slots_that_are_used_again_are_read_until_their_next_fill(
+    rig: TracedRig, leased_ms: int, read_until_ms: int
+) -> None:
+    """By the client's clock, unless that is another's."""
+    rig.join(1)
+    rig.worker()
+    rig.trace()  # at 1 ms
+    lease = grant(rig, 1, 2)
+    rig.now_ns = 10 * MS
+    rig.say(1, m.Submit(lease, 0, 2, 1, 2))
+    rig.turn()
+    rig.now_ns = 40 * MS
+    finish(rig, 10)
+    rig.now_ns = 50 * MS
+    rig.say(1, m.Submit(lease, 0, 2, 2, 2, leased_ns=leased_ms * MS))
+    rig.turn()
+    rig.now_ns = 60 * MS
+    finish(rig, 10)
+    rig.now_ns = 70 * MS
+    rig.say(1, m.Release(lease, 0, 2))
+    story = rig.stop()
+    assert spans([one for one in story.slices if one.kind != "lease"]) == [
+        ("fill", f"fill {lease}.1", 1, 10),
+        ("read", f"read {lease}.1", 40, read_until_ms),
+        ("fill", f"fill {lease}.2", read_until_ms, 50),
+        ("read", f"read {lease}.2", 60, 70),
+    ]
+    assert len(story.flows) == 2
+
+
 def test_a_producer_that_ends_ends_what_it_had_begun(rig: TracedRig, tmp_path: Path) -> None:
     rig.join(1)
     rig.trace()

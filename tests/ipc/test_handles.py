@@ -317,7 +317,7 @@ def test_arrays_outlive_the_client(pool):
 def test_slots_kept_for_long_are_worth_a_warning(client, monkeypatch):
     with client.lease() as lease:
         kept = write(lease, 1).result(NET_S).outputs["y"]
-    monkeypatch.setattr(returns, "KEPT_WARNING_S", -1.0)
+    monkeypatch.setattr(returns, "HELD_WARNING_S", -1.0)
     with pytest.warns(ResourceWarning, match="1 slots were released -1 s ago and an array of them is still alive"):
         client.status()
     with warnings.catch_warnings():

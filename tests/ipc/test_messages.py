@@ -46,7 +46,7 @@ FIELDS = {
     "shared": st.binary(max_size=16),
     **dict.fromkeys(("lease", "seq", "epoch", "peer", "batch", "gathered_items", "filled_items", "said"), u63),
     **dict.fromkeys(("heard", "frames"), u63),
-    **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns", "ended_ns"), u63),
+    **dict.fromkeys(("queue_ns", "copy_in_ns", "compute_ns", "copy_out_ns", "ended_ns", "leased_ns"), u63),
     **dict.fromkeys(("version", "model", "first", "status", "attempt", "code", "again"), u31),
 }
 
