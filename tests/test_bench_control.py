@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from array import array
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from click.testing import CliRunner
 from scripts.benchlib.control import CASES, EVENTS, WHO, Perf, shares, wake_ups
 from scripts.benchlib.control_cli import main
 from scripts.benchlib.sweep import PLANS
+from scripts.benchlib.sweep_run import phases_us
+
+from trtpool.ipc.timings import PHASES
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_control.py"
 
@@ -82,7 +86,7 @@ def test_samples_count_for_the_innermost_function():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--only", "runs16,runs17"], "no case runs17; there are single, runs1, runs16, runs64, items64"),
+        (["--only", "runs16,runs17"], "no case runs17; there are single, runs1, runs16, runs16 x 16, runs64, items64"),
         (["--gpu", "0"], "--gpu and --engines go together"),
         (["--json", "/nowhere/x.json"], "/nowhere is not a directory"),
     ],
@@ -113,9 +117,16 @@ def test_each_kind_of_process_of_a_pool_is_counted(tmp_path):
     for name, costs in cases.items():
         assert set(costs["cpu_us"]) == set(WHO)
         assert costs["items"] > 0
+        assert costs["items_per_s"] > 0
+        assert 0 < costs["p50_us"] <= costs["p99_us"]
+        assert set(costs["phases_us"]) == set(PHASES)
+        assert costs["phases_us"]["compute"] > 0
         assert (costs["items_per_batch"] == 1) == (name == "single")
         assert all(costs["counts"][who]["wake-ups"] > 0 for who in WHO)
         assert costs["counts"]["broker"]["wake-ups"] < 8, "of an item, at its worst"
+    single = cases["single"]
+    latency = sum(took for phase, took in single["phases_us"].items() if phase not in ("lease", "fill"))
+    assert latency < 2 * single["p50_us"], "medians, in another window"
 
 
 @pytest.mark.system
@@ -123,6 +134,11 @@ def test_without_py_spy_the_command_says_how_to_get_it(tmp_path):
     ended = run("--only", "single", "--window-s", "0.3", "--py-spy", path=tmp_path)
     assert ended.returncode == 1
     assert "py-spy is not installed: pip install py-spy" in ended.stderr
+
+
+def test_phases_are_medians_over_all_producers():
+    reports = [array("q", [1000 * number] * len(PHASES)) for number in (1, 9)] + [array("q"), array("q", range(8))]
+    assert phases_us(reports) == dict.fromkeys(PHASES, 1.0)
 
 
 def test_on_a_gpu_no_case_wants_larger_batches_than_the_plan_takes():

@@ -1,4 +1,4 @@
-"""What an item costs the processes of a whole pool: CPU, wake-ups, system calls, and where their Python spends it.
+"""What an item takes in a whole pool: time, CPU, wake-ups, system calls, and where the processes' Python spends it.
 
 `broker_cost` counts the broker's loop by itself, with nobody else running.  Here all run, as they do for users, so what
 is counted depends on who sleeps when, and differs by some percent from window to window.
@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from .gpu_window import CpuTimes, below, spent
 from .sweep import BASE, Point
-from .sweep_run import ALONE, LOAD, Sweep
+from .sweep_run import ALONE, LOAD, TIMED, Sweep, common, phases_us, quantiles_us, rate
 
 WHO: Final = ("producers", "broker", "worker")
 
@@ -47,6 +47,7 @@ CASES: Final = {
     "single": Case(Point(producers=1, run=1), True, "1 producer, one item at a time"),
     "runs1": Case(Point(run=1), False, "4 producers, 64 runs of 1 slot in flight each"),
     "runs16": Case(BASE, False, "4 producers, 4 runs of 16 slots"),
+    "runs16 x 16": Case(Point(in_flight=256), False, "4 producers, 16 runs of 16 slots"),
     "runs64": Case(Point(run=64), False, "4 producers, 2 runs of 64 slots"),
     "items64": Case(Point(items_per_slot=64, max_batch=4096), False, "4 producers, 4 runs of 16 slots of 64 items"),
 }
@@ -57,6 +58,9 @@ class Costs:
     """Of one case.
 
     Attributes:
+        items_per_s: all producers together.
+        p50_us, p99_us: from a run's submission until its producer has the result.
+        phases_us: the median of each phase of a run, see `Result.timings`; they do not add up to that of the whole.
         items: how many were counted.
         items_per_batch: of them.
         cpu_us: an item's, by who.
@@ -65,6 +69,10 @@ class Costs:
         functions: the samples that were taken in each function itself, by who, the most first; (function, share).
     """
 
+    items_per_s: float
+    p50_us: float
+    p99_us: float
+    phases_us: dict[str, float]
     items: int
     items_per_batch: float
     cpu_us: dict[str, float]
@@ -74,10 +82,13 @@ class Costs:
 
 
 def measure(sweep: Sweep, case: Case, window_s: float, samples: Path | None = None) -> Costs:
-    """Run a load twice for `window_s`: once to be counted, and once to be sampled, if there is a folder for `samples`.
+    """Run a load for `window_s` to be counted, and for a quarter of that to have its phases.
+
+    And once more to be sampled, if there is a folder for `samples`.
 
     Raises:
         FileNotFoundError: py-spy is to sample, and is not installed.
+        ValueError: the window is too short for the load.
     """
     with sweep.producing(case.point) as (pool, crew, mode):
         mode.value = ALONE if case.alone else LOAD
@@ -86,10 +97,17 @@ def measure(sweep: Sweep, case: Case, window_s: float, samples: Path | None = No
         cpu = CpuTimes(pids)
         with _perf(pids) as perf:
             before, cpu_before, wakes_before = pool.status().models[0], cpu.read(), wake_ups(pids)
-            crew.run(window_s)
+            turns = crew.run(window_s)
             cpu_s, wakes, after = spent(cpu_before, cpu.read()), wake_ups(pids), pool.status().models[0]
+        reports, inside = [turn.report for turn in turns], common(turns, window_s)
+        mode.value += TIMED
+        phases = phases_us([turn.report for turn in crew.run(window_s / 4)])
+        mode.value -= TIMED
         items = after.items - before.items
         costs = Costs(
+            rate(reports, *inside),
+            *quantiles_us(reports, *inside),
+            phases,
             items,
             items / max(1, after.batches - before.batches),
             {who: 1e6 * cpu_s[who] / items for who in pids},

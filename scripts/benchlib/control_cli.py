@@ -22,11 +22,16 @@ from .sweep_run import Sweep
 COUNTS: Final = ("wake-ups", *dict.fromkeys(EVENTS.values()))
 
 
-def _grid(name: str, costs: Costs) -> Grid:
-    grid = Grid(
-        title=f"{name}: {CASES[name].title}; {costs.items:,} items, {short(costs.items_per_batch)} in a batch",
-        title_justify="left",
+def _title(name: str, costs: Costs) -> str:
+    phases = ", ".join(f"{phase.replace('_', ' ')} {short(took)}" for phase, took in costs.phases_us.items())
+    return (
+        f"{name}: {CASES[name].title}\n{short(costs.items_per_s)} items/s, {short(costs.items_per_batch)} in a batch; "
+        f"a run takes {short(costs.p50_us)} us, p99 {short(costs.p99_us)}; medians: {phases}"
     )
+
+
+def _grid(name: str, costs: Costs) -> Grid:
+    grid = Grid(title=_title(name, costs), title_justify="left")
     for heading in ("for each item", "CPU us", *COUNTS):
         grid.add_column(heading, justify="left" if heading == "for each item" else "right")
     for who in WHO:
@@ -62,6 +67,7 @@ def _functions(costs: Costs, lines: int) -> Grid:
     help="Folder with mlp.plan, for --gpu.",
 )
 @click.option("--busy-poll", is_flag=True, help="A pool that spins.")
+@click.option("--spin-us", type=click.IntRange(0), help="That of the pool.  [default: its own]")
 @click.option("--py-spy", "sample", is_flag=True, help="Sample one process of each kind too, in a window of its own.")
 @click.option("--lines", type=click.IntRange(1), default=16, show_default=True, help="Functions to show with --py-spy.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Write all figures here.")
@@ -72,13 +78,14 @@ def main(
     gpu: str | None,
     engines: Path | None,
     busy_poll: bool,
+    spin_us: int | None,
     sample: bool,
     lines: int,
     json_path: Path | None,
 ) -> None:
     """Count what an item costs each process of a pool: CPU, wake-ups, and system calls where perf may count them.
 
-    Unlike bench_broker.py all processes run, so load on the machine shows.
+    And how long a run takes, and its phases.  Unlike bench_broker.py all processes run, so load on the machine shows.
     """
     names = list(CASES) if only is None else only.split(",")
     if unknown := [name for name in names if name not in CASES]:
@@ -94,14 +101,16 @@ def main(
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trtpool-bench-")))
         plan = None if engines is None else engines / "mlp.plan"
-        sweep = stack.enter_context(Sweep(folder, gpu, None if plan is None else lambda _: plan, busy_poll=busy_poll))
+        sweep = stack.enter_context(
+            Sweep(folder, gpu, None if plan is None else lambda _: plan, busy_poll=busy_poll, spin_us=spin_us)
+        )
         for name in names:
             try:
                 case = CASES[name]
                 if gpu is not None:
                     case = case._replace(point=case.point.for_plan())
                 costs = measured[name] = measure(sweep, case, window_s, folder if sample else None)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, ValueError) as error:
                 raise click.ClickException(str(error)) from None
             console.print(_grid(name, costs))
             if sample:

@@ -22,9 +22,6 @@ ARENA_BYTES: Final = 1 << 30
 FEW_SLOTS: Final = 16
 """And no fewer than these."""
 
-IN_FLIGHT: Final = 64
-"""Slots that a producer keeps in flight, if there is room."""
-
 LARGE_BYTES: Final = 3 * 1600 * 2560 * 4
 """An item of the plan reduce1600x2560, 49 MB."""
 
@@ -39,6 +36,7 @@ class Point:
             those of one GPU.
         run: slots leased, written and submitted at once.
         item_bytes: of one input.
+        in_flight: slots that a producer keeps so, if there is room.
     """
 
     producers: int = 4
@@ -49,6 +47,7 @@ class Point:
     workers: int = 1
     lanes: int = 3
     max_batch: int = 256
+    in_flight: int = 64
 
     def fit(self) -> Point:
         """The same with no more slots than the arena has room for, and with runs and batches that these allow."""
@@ -69,7 +68,7 @@ class Point:
     @property
     def window(self) -> int:
         """Runs that each producer keeps in flight: all together hold half of the slots at most, if they can."""
-        return max(1, min(max(2, IN_FLIGHT // self.run), self.slots // (2 * self.producers * self.run)))
+        return max(1, min(max(2, self.in_flight // self.run), self.slots // (2 * self.producers * self.run)))
 
     @property
     def cap(self) -> int:
@@ -79,7 +78,7 @@ class Point:
     @property
     def pool(self) -> Point:
         """What of it needs a pool of its own."""
-        return replace(self, producers=0, run=0)
+        return replace(self, producers=0, run=0, in_flight=0)
 
 
 BASE: Final = Point()

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from msgspec.structs import astuple
 
 import trtpool
 from trtpool.ipc.report import ModelReport
+from trtpool.ipc.timings import PHASES
 
 from .crew import CONTEXT, STUCK_S, Crew, Turn
 from .gpu_items import Expected, Load, Source, Tensor, sample
@@ -44,6 +46,8 @@ MANY, FEW = 7, 2
 """Different slots that it prepares, primes; few of them if they are large."""
 
 LOAD, ALONE = 0, 1
+TIMED: Final = 2
+"""Added to one of these: producers report phases."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +89,29 @@ class Measured:
     rounds: list[float] = field(default_factory=list)
 
 
+Describe = Callable[[trtpool.Result, int], Sequence[int]]
+
+
+def _outcome(result: trtpool.Result, sent_ns: int) -> Sequence[int]:
+    now_ns = time.monotonic_ns()
+    return now_ns, now_ns - sent_ns, result.items
+
+
+def _phases(result: trtpool.Result, _sent_ns: int) -> Sequence[int]:
+    return astuple(result.timings)
+
+
 class SweepProducer:
     """Reports an `array` of three numbers for each submission that ended: when (ns), after how long (ns), items.
+
+    With `TIMED` there are as many as `PHASES` instead: how long each of these took (ns).
 
     Args:
         handle: the pool's.
         load: what to write.
         window: runs in flight.
         number: counted from 0; only that one works if one item at a time is asked for.
-        mode: `LOAD` or `ALONE`, read at the start of each run.
+        mode: `LOAD` or `ALONE`, perhaps with `TIMED`, read at the start of each run.
     """
 
     def __init__(
@@ -113,11 +131,13 @@ class SweepProducer:
             return sample(lease.submit().result(timeout_s=STUCK_S).outputs[self._output], 1)
 
     def run(self, until_s: float) -> array[int]:
-        if self._mode.value == LOAD:
-            return self._under_load(until_s)
-        return self._alone(until_s) if self._number == 0 else array("q")
+        mode = self._mode.value
+        describe = _phases if mode & TIMED else _outcome
+        if not mode & ALONE:
+            return self._under_load(until_s, describe)
+        return self._alone(until_s, describe) if self._number == 0 else array("q")
 
-    def _under_load(self, until_s: float) -> array[int]:
+    def _under_load(self, until_s: float, describe: Describe) -> array[int]:
         done = array("q")
         pending: deque[list[tuple[trtpool.Lease, trtpool.Submitted, slice, int]]] = deque()
         while True:
@@ -127,8 +147,7 @@ class SweepProducer:
                 return done
             for lease, submitted, rows, sent_ns in pending.popleft():
                 result = submitted.result(timeout_s=STUCK_S)
-                now_ns = time.monotonic_ns()
-                done.extend((now_ns, now_ns - sent_ns, result.items))
+                done.extend(describe(result, sent_ns))
                 self._expected.check(result.outputs[self._output], rows)
                 lease.release()
 
@@ -144,19 +163,20 @@ class SweepProducer:
             at += lease.count
         return sent
 
-    def _alone(self, until_s: float) -> array[int]:
+    def _alone(self, until_s: float, describe: Describe) -> array[int]:
         done = array("q")
-        while time.monotonic() < until_s or len(done) < 3 * LEAST:
+        exchanges = 0
+        while time.monotonic() < until_s or exchanges < LEAST:
             rows = self._source.take(1)
             with self._client.lease(timeout_s=STUCK_S) as lease:
                 for name, prepared in self._source.row(rows.start).items():
                     np.copyto(lease.inputs[name], prepared)
                 sent_ns = time.monotonic_ns()
                 result = lease.submit().result(timeout_s=STUCK_S)
-                now_ns = time.monotonic_ns()
-                done.extend((now_ns, now_ns - sent_ns, result.items))
+                done.extend(describe(result, sent_ns))
+                exchanges += 1
                 self._expected.check(result.outputs[self._output], rows)
-        return done[3 * min(SETTLE, len(done) // 12) :]
+        return done[len(done) // exchanges * min(SETTLE, exchanges // 4) :]
 
     def close(self) -> None:
         self._client.close()
@@ -192,6 +212,14 @@ def quantiles_us(reports: Sequence[array[int]], began_ns: int = 0, ended_ns: int
     return took[len(took) // 2] / 1e3, took[len(took) * 99 // 100] / 1e3
 
 
+def phases_us(reports: Sequence[array[int]]) -> dict[str, float]:
+    """The median of each phase of the submissions that were `TIMED`."""
+    taken = [
+        [took_ns for report in reports for took_ns in report[number :: len(PHASES)]] for number in range(len(PHASES))
+    ]
+    return {name: statistics.median(took) / 1e3 for name, took in zip(PHASES, taken, strict=True)}
+
+
 class Sweep:
     """Holds the pools of the base, which idles meanwhile, and of the last point; a context manager that ends them.
 
@@ -201,7 +229,7 @@ class Sweep:
         folder: for models.
         gpu: as users name it; None: the CPU.
         plan: finds the plan for items of so many bytes.
-        huge_pages, busy_poll: see `trtpool.Pool`.
+        huge_pages, busy_poll, spin_us: see `trtpool.Pool`.
     """
 
     def __init__(
@@ -212,9 +240,10 @@ class Sweep:
         *,
         huge_pages: bool = False,
         busy_poll: bool = False,
+        spin_us: int | None = None,
     ) -> None:
         self._folder, self._gpu, self._plan = folder, gpu, plan
-        self._huge_pages, self._busy_poll = huge_pages, busy_poll
+        self._huge_pages, self._busy_poll, self._spin_us = huge_pages, busy_poll, spin_us
         self._pools: dict[Point, tuple[trtpool.Pool, contextlib.ExitStack]] = {}
 
     def __enter__(self) -> Sweep:
@@ -261,6 +290,7 @@ class Sweep:
             max_slots_per_producer=point.cap,
             huge_pages=self._huge_pages,
             busy_poll=self._busy_poll,
+            spin_us=self._spin_us,
             **options,
         )
 
