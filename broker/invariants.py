@@ -78,7 +78,8 @@ def _validate_model(core: Core, model: Model, taken: bytearray) -> None:
         assert all(one.producer is producer for one in parked), "a request is parked as another's"
         assert not any(producer.may_hold(model, one.count) for one in parked), "a request waits for nothing"
     assert all(core.producers.get(one.peer) is one for one in model.unasked), "one that left would be asked for slots"
-    assert not model.short_ns or model.watched, "a recall is not looked after"
+    watched = model.watched or not core.recalls.timeout_ns
+    assert not model.short_ns or watched, "a recall is not looked after"
 
 
 def _validate_workers(core: Core) -> None:

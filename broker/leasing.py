@@ -196,7 +196,7 @@ class Leasing:
         model, producer = lease.model, lease.producer
         slots, cap = model.ring.slots, model.cap
         if (
-            not ((model.waiting or model.urgent) and model.is_short())
+            not model.short_ns
             and not self._books.draining
             and not producer.closed
             and model.ring.free - count >= slots // SURPLUS

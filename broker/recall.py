@@ -135,9 +135,9 @@ class Recalls:
                 model.unasked[producer] = None
             else:
                 self._recall(model, producer)
-        if self.timeout_ns and not model.short_ns:
+        if not model.short_ns:
             model.short_ns = now_ns
-            if not model.watched:
+            if self.timeout_ns and not model.watched:
                 model.watched = True
                 self._timers.start(now_ns + self.timeout_ns, model)
 

@@ -663,6 +663,16 @@ def test_again_never_goes_before_one_who_waits():
     assert sent(rig.finish(10, run), m.Grant) == []
 
 
+def test_who_asks_in_this_turn_and_finds_room_keeps_nobody_from_slots_in_advance(rig):
+    """Else one that asks has another ask, and in the end all do."""
+    lease = rig.lease(1)
+    rig.say(1, m.Submit(lease, 0, 1, 0, 1, None, 1))
+    run = run_of(rig.turn())
+    rig.say(2, m.Lease(21, 0, 4, None))
+    assert [(grant.request, grant.model) for grant in sent(rig.finish(10, run), m.Grant, 1)] == [(0, 0)]
+    assert [grant.request for grant in sent(rig.turn(), m.Grant, 2)] == [21]
+
+
 @pytest.mark.parametrize(("cap", "granted"), [(1, 0), (2, 1)])
 def test_again_stops_at_the_cap(cap, granted):
     """Results that were not read count."""

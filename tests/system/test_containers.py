@@ -188,7 +188,8 @@ def test_slots_of_a_producer_that_is_killed_in_its_container_come_back(how, tran
             if how == "the container":
                 os.kill(container.init, signal.SIGKILL)
             else:
-                assert container.run("sh", "-c", f"kill -9 {container.inner_pid}").returncode == 0
+                said = container.run("sh", "-c", f"kill -9 {container.inner_pid}")
+                assert said.returncode in (0, -signal.SIGKILL), said  # with the container
             wait()
         wait_all_free(own)
         assert answer(submit(own, 2)) == -2
