@@ -283,7 +283,7 @@ class Model:
         asked: requests that ever waited.
         unasked: clients that were granted slots since they were last sent a Recall.
         overtaken: interactive requests in a row that were granted before older bulk ones.
-        short_ns: since when there has been somebody who waits for room; 0: nobody does.
+        short_ns: since when there has been somebody who found no room; 0: nobody waits for any.
         watched: whether a timer will look at `short_ns`; there is one at most.
         evict_ns: before this nobody is evicted.
         max_delay_ns: how long bulk work may wait for a batch to fill.

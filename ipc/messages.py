@@ -140,7 +140,7 @@ class Submit(_Message, frozen=True, tag=5):
     the shared inputs, which are the same in all its slots: only what is equal in both goes into a batch together.
 
     A steady producer needs one message for each piece of work, in one of two ways.  `again` asks for that many new
-    slots when the work is done, if nobody else waits: granted rows then lie side by side with those of the batch-mates.
+    slots when the work is done, if nobody lacks room: granted rows then lie side by side with those of the batch-mates.
     And slots whose end was told may be submitted once more in place of being released; `leased_ns` is when their
     caller got them, on the clock of `Finished.ended_ns`, and 0 for slots that it asked for.
     """
