@@ -174,14 +174,14 @@ class Load:
 
     def answers(self, peer: int) -> list[m.ToBroker]:
         answers: list[m.ToBroker] = []
-        granted = 0
-        for one in self.pool.hear(peer):
+        heard = self.pool.hear(peer)
+        granted = sum(isinstance(one, m.Grant) and not one.request for one in heard)  # they follow their results
+        for one in heard:
             if isinstance(one, m.Grant):
                 for lease_id, rows in one.leases:
                     self.seq += 1
                     again = rows.count if self.advance else 0
                     answers.append(m.Submit(lease_id, 0, rows.count, self.seq, rows.count, None, again))
-                granted += not one.request
             elif isinstance(one, m.Done):
                 assert one.status == m.OK
                 self.items += one.count
