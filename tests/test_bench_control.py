@@ -126,7 +126,7 @@ def test_each_kind_of_process_of_a_pool_is_counted(tmp_path):
         assert costs["counts"]["broker"]["wake-ups"] < 8, "of an item, at its worst"
     single = cases["single"]
     latency = sum(took for phase, took in single["phases_us"].items() if phase not in ("lease", "fill"))
-    assert latency < 2 * single["p50_us"], "medians, in another window"
+    assert latency < 10 * single["p50_us"], "medians, in another window"
 
 
 @pytest.mark.system
