@@ -103,6 +103,11 @@ class Claim:
         """In what the model's items differ."""
         return self.session.models[self.model_index].variation
 
+    @property
+    def run(self) -> Kept:
+        """Where its slots are."""
+        return Kept(self.lease_id, self.first, self.at, self.count)
+
     def split(self, at: int, count: int) -> Claim:
         """A claim on `count` of these slots from `at`; the caller gives up this one.
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from . import messages as m
 from .claims import Claim
 from .errors import LeaseTooLarge, PoolBusy, PoolClosed, ProtocolError, TrtpoolError
-from .keeping import Kept
 from .settings import BULK
 from .waiting import AnyOf, Stopped, Target
 from .wire import Wire, wire_ns
@@ -210,8 +209,7 @@ class Requests:
         """Give back slots that nobody has seen."""
         for claim in claims:
             claim.released = True
-            run = Kept(claim.lease_id, claim.first, claim.at, claim.count)
-            self._session.returns.give_back(claim.model_index, run)
+            self._session.returns.give_back(claim.model_index, claim.run)
 
     # ------------------------------------------------------------------ what the broker says
 

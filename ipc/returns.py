@@ -30,7 +30,7 @@ class Held:
 
     def __init__(self, claim: Claim) -> None:
         self.model = claim.model_index
-        self.run = Kept(claim.lease_id, claim.first, claim.at, claim.count)
+        self.run = claim.run
         self.root_ref: weakref.ref[Any] | None = claim.root_ref
         self.since = time.monotonic()
 

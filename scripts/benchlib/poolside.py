@@ -62,7 +62,7 @@ class PoolSetup:
     def window(self) -> int:
         """Messages in flight for each producer: all of them together hold at most half of the slots.
 
-        The pool grants slots in advance only while a quarter is free.
+        One client alone may hold three quarters, and small runs are granted in advance only while a quarter is free.
         """
         return max(1, min(self.base.window, self.slots // 2 // self.run // self.base.producers))
 

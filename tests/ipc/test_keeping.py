@@ -20,6 +20,7 @@ from trtpool.ipc import messages as m
 from trtpool.ipc.claims import ModelState
 from trtpool.ipc.client import Client
 from trtpool.ipc.errors import LeaseTooLarge, PoolBusy, PoolClosed
+from trtpool.ipc.handles import Leases
 from trtpool.ipc.keeping import Keeper, Kept
 from trtpool.ipc.layout import ModelPlan, plan
 
@@ -47,6 +48,17 @@ def run(client: Client, value: int, count: int = 1) -> list[tuple[int, int]]:
 def rhythm(client: Client, turns: int = 4, count: int = 1) -> None:
     for value in range(turns):
         run(client, value, count)
+
+
+def use_in_turn(client: Client, in_flight: list[Leases], value: int) -> None:
+    """Each run through the pool, released, and leased anew before the next."""
+    for place, leases in enumerate(in_flight):
+        count = sum(lease.count for lease in leases)
+        for lease in leases:
+            lease.inputs["x"][...] = value
+            assert (lease.submit().result(NET_S).outputs["y"] == -value).all()
+        leases.release()
+        in_flight[place] = client.lease_many(count, timeout_s=NET_S)
 
 
 def kept(client: Client) -> list[int]:
@@ -78,12 +90,7 @@ def test_all_of_an_arena_can_be_in_flight(client, monkeypatch):
     for turn in range(6):
         if turn == 3:
             monkeypatch.setattr(link, "send", in_turn(sent.extend, link.send))
-        for place, leases in enumerate(in_flight):
-            for lease in leases:
-                lease.inputs["x"][...] = turn
-                assert (lease.submit().result(NET_S).outputs["y"] == -turn).all()
-            leases.release()
-            in_flight[place] = client.lease_many(3, timeout_s=NET_S)
+        use_in_turn(client, in_flight, turn)
     assert {type(message) for message in sent} == {m.Submit}
     for leases in in_flight:
         leases.release()
@@ -202,12 +209,7 @@ def test_those_who_go_on_for_ever_do_not_starve_another(pool):
         turns = 0
         in_flight = [client.lease_many(2, timeout_s=NET_S) for _ in range(2)]
         while not over.is_set():
-            for place, leases in enumerate(in_flight):
-                for lease in leases:
-                    lease.inputs["x"][...] = turns
-                    assert (lease.submit().result(NET_S).outputs["y"] == -turns).all()
-                leases.release()
-                in_flight[place] = client.lease_many(2, timeout_s=NET_S)
+            use_in_turn(client, in_flight, turns)
             turns += 1
         for leases in in_flight:
             leases.release()
