@@ -10,18 +10,22 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from click.testing import CliRunner
 from rich.console import Console
-from scripts.peerlib import cli, host, http, local, processes, report, rounds
-from scripts.peerlib.contestant import Contestant, Measured
+from scripts.benchlib.workload import Array
+from scripts.peerlib import cli, host, http, iceoryx, local, processes, report, rounds
+from scripts.peerlib.contestant import Connects, Contestant, Measured
 from scripts.peerlib.job import KINDS, Job
 from scripts.peerlib.results import Ratio, Row, Table, ratio
 from scripts.peerlib.roster import CONTESTANTS
-from scripts.peerlib.rounds import LATENCY, THROUGHPUT, Options, Outcome
+from scripts.peerlib.rounds import LATENCY, SHARED, Options, Outcome
 
 NUMPY_ONLY = ("ring", "queue", "executor")
 
@@ -45,6 +49,14 @@ def test_figures_are_of_each_window():
 def test_latencies_are_percentiles_in_microseconds():
     one = Row("one", windows=[Measured(101, 1.0, 0.1, tuple(1000 * n for n in range(101)))])
     assert (one.figure("p50 us").median, one.figure("p99 us").median) == (50.0, 99.0)
+
+
+def test_the_least_share_is_that_of_the_window_and_is_shown_where_there_are_several_producers():
+    assert Row("one", windows=[Measured(100, 1.0, 0.1, least_share=0.25)]).figure("least share").values == (0.25,)
+    shown_by = {(one.kind, one.producers): "least share" in one.figures for one in rounds.tables(tuple(KINDS))}
+    assert shown_by == {
+        ("images", 1): False, ("images", 4): True, ("small", 1): False, ("small", 4): True, ("latency", 0): False
+    }  # fmt: skip
 
 
 def test_ratios_are_to_the_best_of_the_same_round_and_skip_failed_rounds():
@@ -80,7 +92,7 @@ def test_every_round_has_each_contestant_once_for_each_kind_in_an_order_of_its_o
 
 def full_outcome() -> Outcome:
     """Two rounds, of which one contestant failed the second, and one both."""
-    images = Table("images", "images", 1, THROUGHPUT)
+    images = Table("images", "images", 4, SHARED)
     for one in (row("trtpool", 300, 330, own=True), row("ring", 250, 300), row("ring-64", 9000, 9000, bar=False),
                 row("mosec", 30, None), row("litserve", None, None)):  # fmt: skip
         images.rows[one.name] = one
@@ -100,6 +112,7 @@ def test_the_table_has_ratios_and_says_which_are_even():
     assert "300 - 330" in text
     assert "1.15 (1.1 - 1.2), even" in text
     assert "(ring-64)" in text
+    assert "1.00 (1.00 - 1.00)" in text
     assert "trtpool over the best peer, items/s: 1.15 (1.1 - 1.2), even" in text
     assert "failed" in text
     assert "…" not in text
@@ -123,7 +136,7 @@ def test_all_is_in_the_json():
 
 
 def test_each_contestant_says_how_often_it_copies_and_why():
-    assert len(CONTESTANTS) == 16
+    assert len(CONTESTANTS) == 17
     for name, one in CONTESTANTS.items():
         assert (one.name, one.copies >= 0, bool(one.why)) == (name, True, True)
         assert set(one.kinds) <= set(KINDS)
@@ -161,9 +174,66 @@ def test_a_contestant_starts_works_and_stops(name: str, job: Job, survivors):
     with host.guest(CONTESTANTS[name](), job) as up:
         measured = up.run(2, 0.5)
     assert measured.items > 0
+    assert 0 < measured.least_share <= 1
     assert measured.took_s >= 0.5
     assert measured.cpu_s > 0
     assert survivors() == []
+
+
+class Lazy(local.Ring):
+    """A ring whose first producer does a quarter of what the second does."""
+
+    name = "lazy"
+
+    @contextlib.contextmanager
+    def producers(self, job: Job, count: int) -> Iterator[Connects]:
+        assert count == 2
+        yield [partial(Does, 100), partial(Does, 400)]
+
+
+class Does:
+    """A driver that reports so many items."""
+
+    def __init__(self, items: int) -> None:
+        self._items = items
+
+    def run(self, until_s: float) -> int:
+        time.sleep(max(0.0, until_s - time.monotonic()))
+        return self._items
+
+    def exchange(self, items: Array, expected: npt.NDArray[np.float64]) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def test_the_least_share_is_of_an_equal_one(job: Job):
+    with host.guest(Lazy(), job) as up:
+        measured = up.run(2, 0.1)
+    assert (measured.items, measured.least_share) == (500, 0.4)
+
+
+class Queued:
+    """A subscriber with so many samples of one producer, who refills it while somebody is at it."""
+
+    def __init__(self, producer: int, samples: int, refills: int = 0) -> None:
+        self._producer, self._samples, self._refills = producer, samples, refills
+
+    def receive(self) -> int | None:
+        if not self._samples:
+            return None
+        if self._refills:
+            self._refills -= 1
+        else:
+            self._samples -= 1
+        return self._producer
+
+
+def test_samples_of_iceoryx2_are_taken_in_turn_so_that_one_producer_does_not_keep_others_waiting():
+    turn = iceoryx.SAMPLES_A_TURN
+    taken = list(iceoryx._in_turn([Queued(0, 1, refills=3 * turn - 1), Queued(1, 3), Queued(2, 0)]))
+    assert taken == turn * [0] + 3 * [1] + 2 * turn * [0]
 
 
 def test_one_item_at_a_time_is_timed_each(tmp_path: Path):

@@ -33,12 +33,14 @@ class Measured:
         took_s: from the first producer's start to the last one's end.
         cpu_s: of all processes of the contestant, its producers and their checks included.
         took_ns: each exchange, where items went one at a time.
+        least_share: of the items, those of the producer that had fewest, over an equal share; 1 where all had as many.
     """
 
     items: int
     took_s: float
     cpu_s: float
     took_ns: tuple[int, ...] = ()
+    least_share: float = 1.0
 
 
 class OneAtATime:
@@ -125,7 +127,9 @@ class Contestant(abc.ABC):
         if self._job.one_at_a_time:
             took_ns = tuple(turns[0].report)
             return Measured(len(took_ns), took_s, cpu_s, took_ns)
-        return Measured(sum(turn.report for turn in turns), took_s, cpu_s)
+        done = [turn.report for turn in turns]
+        items = sum(done)
+        return Measured(items, took_s, cpu_s, least_share=min(done) * len(done) / max(1, items))
 
     def serve(self, job: Job) -> AbstractContextManager[object]:  # noqa: ARG002  # for those that override it
         """What stays up over all windows; nothing, where producers and worker are set up together."""

@@ -2,12 +2,16 @@
 
 ::
 
-    producer i --- "work": publish-subscribe, header (i) ---> worker     and event "work"
-    producer i <-- "done/i": publish-subscribe -------------- worker     and event "done/i"
+    producer i --- "work/i": publish-subscribe, header (i) ---> worker     and one event "work" for all
+    producer i <-- "done/i": publish-subscribe ---------------- worker     and event "done/i"
 
 This is the documented way to wait without polling (its example of event-based communication): each port is paired with
 an event, the receiver blocks on a listener and, once woken, takes all samples that are there.  Publishers wait rather
 than discard, and buffers hold all that is in flight.
+
+Each producer has a service of its own, and the worker takes a few samples of each in turn.  With one service for all
+(`SharedService`) a subscriber takes from the first publisher that has something, so a producer that refills what was
+taken keeps all others waiting.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import contextlib
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
 
 MOST_PRODUCERS: Final = 16
 SAMPLES_A_WAKE: Final = 8
+SAMPLES_A_TURN: Final = 8
+"""Taken of one service before the next has its turn."""
 START_S: Final = 20.0
 
 
@@ -90,17 +96,19 @@ class _Services:
         builder = self.node.service_builder(name).event().max_notifiers(MOST_PRODUCERS).max_listeners(1)
         return builder.max_nodes(MOST_PRODUCERS + 2).open_or_create()
 
-    def sender(self, what: str) -> tuple[Any, _Wake]:
+    def sender(self, what: str, wakes: str) -> tuple[Any, _Wake]:
         """A publisher and what wakes its subscriber."""
-        most = self._item_bytes if what == "work" else self._output_bytes
+        most = self._item_bytes if wakes == "work" else self._output_bytes
         builder = self._data(what).publisher_builder().initial_max_slice_len(most).max_loaned_samples(1)
         publisher = builder.backpressure_strategy(self._iox2.BackpressureStrategy.RetryUntilDelivered).create()
-        return publisher, _Wake(self._event(what).notifier_builder().create())
+        return publisher, _Wake(self._event(wakes).notifier_builder().create())
 
-    def receiver(self, what: str) -> tuple[Any, Any]:
-        """A subscriber and what it can wait on."""
-        listener = self._event(what).listener_builder().create()
-        return self._data(what).subscriber_builder().create(), listener
+    def subscriber(self, what: str) -> Any:
+        return self._data(what).subscriber_builder().create()
+
+    def listener(self, what: str) -> Any:
+        """What the receiver of these can wait on."""
+        return self._event(what).listener_builder().create()
 
 
 def _view(sample: Any, shape: tuple[int, ...]) -> Array:
@@ -115,19 +123,33 @@ def _send(publisher: Any, producer: int, items: Array) -> None:
     sample.assume_init().send()
 
 
-def _worker(name: str, job: Job, in_flight: int, ready: Event) -> None:
+def _in_turn(subscribers: Sequence[Any]) -> Iterator[Any]:
+    """All samples that are there, a few of each subscriber in turn."""
+    found = True
+    while found:
+        found = False
+        for one in subscribers:
+            for _ in range(SAMPLES_A_TURN):
+                sample = one.receive()
+                if sample is None:
+                    break
+                found = True
+                yield sample
+
+
+def _worker(name: str, job: Job, in_flight: int, works: Sequence[str], ready: Event) -> None:
     end_with_parent()
     services = _Services(name, job, in_flight)
-    subscriber, listener = services.receiver("work")
+    subscribers, listener = [services.subscriber(what) for what in works], services.listener("work")
     senders: dict[int, tuple[Any, _Wake]] = {}
     compute = job.load()
     y = np.empty((1, job.workload.outputs), np.float32)
     ready.set()
     while True:
-        while (sample := subscriber.receive()) is not None:
+        for sample in _in_turn(subscribers):
             producer = sample.user_header().contents.value
             if producer not in senders:
-                senders[producer] = services.sender(f"done/{producer}")
+                senders[producer] = services.sender(f"done/{producer}", f"done/{producer}")
             compute(_view(sample, (1, *job.workload.shape)), y)
             sample.delete()
             publisher, wake = senders[producer]
@@ -139,13 +161,14 @@ def _worker(name: str, job: Job, in_flight: int, ready: Event) -> None:
 
 
 class IceoryxTransport:
-    def __init__(self, name: str, job: Job, in_flight: int, producer: int) -> None:
+    def __init__(self, name: str, job: Job, in_flight: int, work: str, producer: int) -> None:
         import iceoryx2 as iox2
 
         self._services = _Services(name, job, in_flight)
         self._producer, self._shape = producer, (1, job.workload.outputs)
-        self._subscriber, self._listener = self._services.receiver(f"done/{producer}")
-        self._publisher, self._wake = self._services.sender("work")
+        self._subscriber = self._services.subscriber(f"done/{producer}")
+        self._listener = self._services.listener(f"done/{producer}")
+        self._publisher, self._wake = self._services.sender(work, "work")
         self._limit = iox2.Duration.from_secs(int(STUCK_S))
 
     def send(self, items: Array) -> None:
@@ -167,8 +190,9 @@ class IceoryxTransport:
             port.delete()
 
 
-def _connect(name: str, job: Job, in_flight: int, window: int, producer: int) -> Driver:
-    return Stream(IceoryxTransport(name, job, in_flight, producer), Source(job.workload, 1), window, 1)
+def _connect(name: str, job: Job, in_flight: int, work: str, window: int, producer: int) -> Driver:
+    transport = IceoryxTransport(name, job, in_flight, work, producer)
+    return Stream(transport, Source(job.workload, 1), window, 1)
 
 
 class Iceoryx(Contestant):
@@ -180,16 +204,34 @@ class Iceoryx(Contestant):
     @contextlib.contextmanager
     def producers(self, job: Job, count: int) -> Iterator[Connects]:
         name, window = f"bench-{os.getpid()}-{count}", job.pick(images=64, small=256) // count or 1
+        in_flight, works = window * count, self.works(count)
         ready = CONTEXT.Event()
-        worker = CONTEXT.Process(target=_worker, args=(name, job, window * count, ready))
+        worker = CONTEXT.Process(target=_worker, args=(name, job, in_flight, sorted(set(works)), ready))
         worker.start()
         try:
             if not ready.wait(START_S):
                 raise RuntimeError("the worker of iceoryx2 did not start")
-            yield [partial(_connect, name, job, window * count, window, i) for i in range(count)]
+            yield [partial(_connect, name, job, in_flight, work, window, i) for i, work in enumerate(works)]
         finally:
             end(worker)
             _clean_up()
+
+    @staticmethod
+    def works(producers: int) -> list[str]:
+        """The service of each producer."""
+        return [f"work/{producer}" for producer in range(producers)]
+
+
+class SharedService(Iceoryx):
+    name = "iceoryx2-shared"
+    kinds = ("images", "small")
+    note = "one service for all producers, of which the first that has a sample is served first: no bar for several"
+    bar = False
+
+    @staticmethod
+    def works(producers: int) -> list[str]:
+        """The same for all."""
+        return ["work"] * producers
 
 
 def _clean_up() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from .contestant import Contestant
 from .results import EVEN, Figure, Ratio, Row, Table, peers, ratio
 from .rounds import Options, Outcome
 
-WIDTH: Final = 200
+WIDTH: Final = 230
 PACKAGES: Final = ("iceoryx2", "torch", "mosec", "nvidia-pytriton", "tritonclient", "litserve", "ray")
 
 Contestants = Mapping[str, type[Contestant]]
@@ -47,7 +47,8 @@ def show(console: Console, outcome: Outcome, contestants: Contestants) -> None:
         console.print(f"  {name}: {one.copies}: {one.why}{note}", highlight=False, markup=False)
     console.print(
         f"\nFigures are medians over rounds (lowest - highest); ratios are taken within a round, and between 1/{EVEN} "
-        f"and {EVEN} are even. The best peer is the best of those in the same round, rows in brackets left out.",
+        f"and {EVEN} are even. The best peer is the best of those in the same round, rows in brackets left out. Least "
+        "share: items of the producer that was served least, over an equal share.",
         highlight=False, markup=False,
     )  # fmt: skip
 
@@ -62,7 +63,10 @@ def _show_table(console: Console, table: Table, contestants: Contestants) -> Non
     for row in owns:
         grid.add_column(f"{row.name}: times better", justify="right", no_wrap=True)
     for row in table.rows.values():
-        cells = [row.name if row.bar else f"({row.name})", *(spread(row.figure(what)) for what in table.figures)]
+        cells = [
+            row.name if row.bar else f"({row.name})",
+            *(spread(row.figure(what), _text_of(what)) for what in table.figures),
+        ]
         cells.append(str(contestants[row.name].copies))
         cells += ["" if row.own else times(ratio(table.figures[0], own, [row])) for own in owns]
         grid.add_row(*cells, style="bold" if row.own else None)
@@ -74,13 +78,22 @@ def _show_table(console: Console, table: Table, contestants: Contestants) -> Non
     console.print()
 
 
-def spread(figure: Figure) -> str:
-    """Median and range of a figure; "failed" without any."""
+def number(value: float) -> str:
+    """A number as short as its size allows."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _text_of(what: str) -> Callable[[float], str]:
+    return "{:.2f}".format if what == "least share" else number
+
+
+def spread(figure: Figure, text: Callable[[float], str] = number) -> str:
+    """Median and range of a figure, each as `text` has it; "failed" without any."""
     if figure.median is None:
         return "failed"
     if len(figure.known) == 1:
-        return number(figure.median)
-    return f"{number(figure.median)} ({number(min(figure.known))} - {number(max(figure.known))})"
+        return text(figure.median)
+    return f"{text(figure.median)} ({text(min(figure.known))} - {text(max(figure.known))})"
 
 
 def times(one: Ratio | None) -> str:
@@ -91,11 +104,6 @@ def times(one: Ratio | None) -> str:
     if len(one.values) > 1:
         text += f" ({min(one.values):.3g} - {max(one.values):.3g})"
     return f"{text}, even" if one.even else text
-
-
-def number(value: float) -> str:
-    """A number as short as its size allows."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def as_dict(outcome: Outcome, options: Options, contestants: Contestants) -> dict[str, Any]:

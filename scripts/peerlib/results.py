@@ -40,7 +40,7 @@ class Row:
     windows: list[Measured | None] = field(default_factory=list)
 
     def figure(self, what: str) -> Figure:
-        """The figure `what`: "items/s", "p50 us", "p99 us" or "CPU s"."""
+        """The figure `what`: "items/s", "p50 us", "p99 us", "CPU s" or "least share"."""
         return Figure(tuple(None if one is None or not one.items else _FIGURES[what](one) for one in self.windows))
 
 
@@ -49,6 +49,7 @@ _FIGURES: Final[dict[str, Callable[[Measured], float]]] = {
     "p50 us": lambda one: float(np.percentile(one.took_ns, 50)) / 1e3,
     "p99 us": lambda one: float(np.percentile(one.took_ns, 99)) / 1e3,
     "CPU s": lambda one: 1000 * one.cpu_s / one.items,
+    "least share": lambda one: one.least_share,
 }
 LOWER_IS_BETTER: Final = ("p50 us", "p99 us", "CPU s")
 

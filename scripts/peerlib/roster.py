@@ -17,6 +17,7 @@ CONTESTANTS: Final[dict[str, type[Contestant]]] = {
         local.Ring,
         local.ChunkedRing,
         iceoryx.Iceoryx,
+        iceoryx.SharedService,
         torch_queue.TorchQueue,
         local.Queue,
         local.Executor,

@@ -15,6 +15,8 @@ from .job import KINDS, Job, Kind
 from .results import Row, Table
 
 THROUGHPUT: Final = ("items/s", "CPU s")
+SHARED: Final = (*THROUGHPUT, "least share")
+"""From several producers."""
 LATENCY: Final = ("p50 us", "p99 us", "CPU s")
 
 
@@ -58,7 +60,7 @@ def tables(kinds: Sequence[str]) -> list[Table]:
     for kind in (KINDS[name] for name in kinds):
         for count in kind.producers:
             title = f"{kind.workload.name}, {count} producer{'s' * (count > 1)}"
-            made.append(Table(title, kind.name, count, THROUGHPUT))
+            made.append(Table(title, kind.name, count, SHARED if count > 1 else THROUGHPUT))
         if not kind.producers:
             made.append(Table(f"{kind.workload.name}, one at a time", kind.name, 0, LATENCY))
     return made
