@@ -311,6 +311,39 @@ def test_those_that_are_missing_or_fail_do_not_keep_the_others_from_their_turns(
     assert all(window is not None and window.items for window in table.rows["ring"].windows)
 
 
+class Leaving(Wrong):
+    """Leaves a process behind each time that it stops."""
+
+    name = "leaving"
+
+    def __init__(self) -> None:
+        super().__init__("leave")
+
+
+class Fading(local.Ring):
+    """Has a window with one producer, and none with four."""
+
+    name = "fading"
+
+    def run(self, producers: int, window_s: float) -> Measured:
+        if producers > 1:
+            raise ValueError("too many")
+        return super().run(producers, window_s)
+
+
+def test_what_was_measured_before_a_failure_stands(monkeypatch, survivors):
+    monkeypatch.setattr(host, "LINGER_S", 0.3)
+    entered = {"leaving": Leaving, "fading": Fading}
+    outcome = rounds.run(entered, Options(rounds=2, window_s=0.2, seed=1, kinds=("small",)))
+    assert "left processes behind: sleep" in outcome.failed["small", "leaving"]
+    assert "too many" in outcome.failed["small", "fading"]
+    assert outcome.gave_up == {("small", "fading")}
+    one, four = ([[window is not None for window in row.windows] for row in t.rows.values()] for t in outcome.tables)
+    assert one == [[True, True], [True, False]]
+    assert four == [[True, True], [False, False]]
+    assert survivors() == []
+
+
 def burn(seconds: float) -> None:
     """Use so much CPU time in a grandchild that ends, and is reaped by its own parent."""
     code = f"import time\nwhile time.process_time() < {seconds}: pass"

@@ -32,6 +32,10 @@ class ContestantFailed(Exception):
     """A contestant did not do what it should; the text says what, and the end of its log."""
 
 
+class ProcessesLeft(ContestantFailed):
+    """It stopped, and processes of it had to be killed; what it did before stands."""
+
+
 @dataclass(frozen=True)
 class _Failure:
     text: str
@@ -94,7 +98,7 @@ class Guest:
         self._process.join(LINGER_S)
         if remaining := processes.left(self._known, LINGER_S):
             names = ", ".join(f"{process.name} ({process.pid})" for process in remaining)
-            raise ContestantFailed(f"it left processes behind: {names}")
+            raise ProcessesLeft(f"it left processes behind: {names}")
 
     def _window(self, window_s: float, what: str) -> Measured:
         measured = self._answer(window_s + WINDOW_S, what)
@@ -133,7 +137,8 @@ def guest(contestant: Contestant, job: Job) -> Iterator[Guest]:
     """Bring `contestant` up for `job`, and stop it when the block ends.
 
     Raises:
-        ContestantFailed: it did not start, failed or hung in the block, did not stop, or left a process behind.
+        ContestantFailed: it did not start, failed or hung in the block, or did not stop.
+        ProcessesLeft: it left a process behind.
     """
     processes.adopt_orphans()
     resource_tracker.ensure_running()  # multiprocessing's own, which is to be among the known ones

@@ -6,11 +6,12 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final
 
 from .contestant import Contestant, Measured
-from .host import ContestantFailed, guest
+from .host import ContestantFailed, ProcessesLeft, guest
 from .job import KINDS, Job, Kind
 from .results import Row, Table
 
@@ -46,12 +47,14 @@ class Outcome:
     Attributes:
         tables: one for each kind of work and number of producers.
         missing: why contestants could not take part, by name.
-        failed: why contestants gave up, by kind of work and name.
+        failed: what contestants did wrong, by kind of work and name.
+        gave_up: those of them that are not tried at it again.
     """
 
     tables: list[Table]
     missing: dict[str, str] = field(default_factory=dict)
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
+    gave_up: set[tuple[str, str]] = field(default_factory=set)
 
 
 def tables(kinds: Sequence[str]) -> list[Table]:
@@ -78,7 +81,10 @@ def plan(contestants: Sequence[str], options: Options) -> Iterator[tuple[int, st
 def run(
     contestants: Mapping[str, type[Contestant]], options: Options, say: Callable[[str], None] = lambda _: None
 ) -> Outcome:
-    """Let all contestants take their turns; one that fails at a kind of work is not tried at it again."""
+    """Let all contestants take their turns; one that fails at a kind of work is not tried at it again.
+
+    What it did before it failed stands.  Who leaves processes behind, which are killed, is told of, and goes on.
+    """
     outcome = Outcome(tables(options.kinds))
     outcome.missing = {name: why for name, one in contestants.items() if (why := one.missing())}
     able = {name: one for name, one in contestants.items() if name not in outcome.missing}
@@ -100,23 +106,28 @@ def run(
 def _take_turn(one: type[Contestant], kind: Kind, model: Path, options: Options, outcome: Outcome) -> None:
     """One contestant's turn: a window in each table of `kind`."""
     here = [table for table in outcome.tables if table.kind == kind.name]
-    windows: list[Measured | None] = [None] * len(here)
-    if (kind.name, one.name) not in outcome.failed:
+    windows: list[Measured] = []
+    turn = kind.name, one.name
+    if turn not in outcome.gave_up:
         try:
-            windows = _windows(one, kind, model, options, [table.producers for table in here])
+            for window in _windows(one, kind, model, options, [table.producers for table in here]):
+                windows.append(window)  # noqa: PERF402  # those before a failure are kept
         except ContestantFailed as error:
-            outcome.failed[kind.name, one.name] = str(error)
-    for table, window in zip(here, windows, strict=True):
-        table.rows[one.name].windows.append(window)
+            outcome.failed[turn] = str(error)
+            if not isinstance(error, ProcessesLeft):
+                outcome.gave_up.add(turn)
+    for table, one_window in zip_longest(here, windows):
+        table.rows[one.name].windows.append(one_window)
 
 
 def _windows(
     one: type[Contestant], kind: Kind, model: Path, options: Options, producers: Sequence[int]
-) -> list[Measured | None]:
+) -> Iterator[Measured]:
     with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
         job = Job(kind, model, options.engine, Path(folder))
         with guest(one(), job) as up:
-            return [up.run(count, options.window_s) if count else up.latency(options.window_s) for count in producers]
+            for count in producers:
+                yield up.run(count, options.window_s) if count else up.latency(options.window_s)
 
 
 def _model(kind: Kind, folder: Path) -> Path:
