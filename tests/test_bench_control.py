@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from scripts.benchlib.control import CASES, EVENTS, WHO, Perf, shares, wake_ups
 from scripts.benchlib.control_cli import main
 from scripts.benchlib.sweep import PLANS
-from scripts.benchlib.sweep_run import phases_us
+from scripts.benchlib.sweep_run import phases_us, timed_p50_us
 
 from trtpool.ipc.timings import PHASES
 
@@ -126,6 +126,7 @@ def test_each_kind_of_process_of_a_pool_is_counted(tmp_path):
         assert costs["counts"]["broker"]["wake-ups"] < 8, "of an item, at its worst"
     single = cases["single"]
     latency = sum(took for phase, took in single["phases_us"].items() if phase not in ("lease", "fill"))
+    assert latency < 2 * single["timed_p50_us"], "medians of the same runs"
     assert latency < 10 * single["p50_us"], "medians, in another window"
 
 
@@ -139,6 +140,12 @@ def test_without_py_spy_the_command_says_how_to_get_it(tmp_path):
 def test_phases_are_medians_over_all_producers():
     reports = [array("q", [1000 * number] * len(PHASES)) for number in (1, 9)] + [array("q"), array("q", range(8))]
     assert phases_us(reports) == dict.fromkeys(PHASES, 1.0)
+
+
+def test_the_latency_of_timed_runs_is_from_their_submission_and_the_median_over_all_producers():
+    runs = [[900_000, 900_000, *[1000 * number] * (len(PHASES) - 2)] for number in (1, 2, 9)]
+    reports = [array("q", runs[2] + runs[0]), array("q"), array("q", runs[1])]
+    assert timed_p50_us(reports) == 2.0 * (len(PHASES) - 2)
 
 
 def test_on_a_gpu_no_case_wants_larger_batches_than_the_plan_takes():

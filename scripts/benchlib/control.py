@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 from .gpu_window import CpuTimes, below, spent
 from .sweep import BASE, Point
-from .sweep_run import ALONE, LOAD, TIMED, Sweep, common, phases_us, quantiles_us, rate
+from .sweep_run import ALONE, LOAD, TIMED, Sweep, common, phases_us, quantiles_us, rate, timed_p50_us
 
 WHO: Final = ("producers", "broker", "worker")
 
@@ -61,6 +61,8 @@ class Costs:
         items_per_s: all producers together.
         p50_us, p99_us: from a run's submission until its producer has the result.
         phases_us: the median of each phase of a run, see `Result.timings`; they do not add up to that of the whole.
+        timed_p50_us: of these runs, in a window after the others', all phases from "queue" on.  What the producer's own
+            calls take before and after these is in `p50_us` alone.
         items: how many were counted.
         items_per_batch: of them.
         cpu_us: an item's, by who.
@@ -73,6 +75,7 @@ class Costs:
     p50_us: float
     p99_us: float
     phases_us: dict[str, float]
+    timed_p50_us: float
     items: int
     items_per_batch: float
     cpu_us: dict[str, float]
@@ -101,13 +104,14 @@ def measure(sweep: Sweep, case: Case, window_s: float, samples: Path | None = No
             cpu_s, wakes, after = spent(cpu_before, cpu.read()), wake_ups(pids), pool.status().models[0]
         reports, inside = [turn.report for turn in turns], common(turns, window_s)
         mode.value += TIMED
-        phases = phases_us([turn.report for turn in crew.run(window_s / 4)])
+        timed = [turn.report for turn in crew.run(window_s / 4)]
         mode.value -= TIMED
         items = after.items - before.items
         costs = Costs(
             rate(reports, *inside),
             *quantiles_us(reports, *inside),
-            phases,
+            phases_us(timed),
+            timed_p50_us(timed),
             items,
             items / max(1, after.batches - before.batches),
             {who: 1e6 * cpu_s[who] / items for who in pids},

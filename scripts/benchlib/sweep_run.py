@@ -220,6 +220,13 @@ def phases_us(reports: Sequence[array[int]]) -> dict[str, float]:
     return {name: statistics.median(took) / 1e3 for name, took in zip(PHASES, taken, strict=True)}
 
 
+def timed_p50_us(reports: Sequence[array[int]]) -> float:
+    """The median latency of the submissions that were `TIMED`, see `Timings.latency_ns`: of each all phases but two."""
+    size, begun = len(PHASES), PHASES.index("queue")
+    taken = [sum(report[at + begun : at + size]) for report in reports for at in range(0, len(report), size)]
+    return statistics.median(taken) / 1e3
+
+
 class Sweep:
     """Holds the pools of the base, which idles meanwhile, and of the last point; a context manager that ends them.
 
