@@ -6,7 +6,7 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -188,36 +188,38 @@ def test_an_arena_beyond_a_cgroups_limit_is_refused_and_nothing_is_killed(
         pool.stop()
 
 
-# Takes memory of a cgroup until as much is left, and then, when told, until the kernel kills a process for it.  It is
-# in a memfd, for which the kernel blames nobody.
+# Takes memory of a cgroup until as much is left, and then, when told, more, for which the kernel kills it.  It is in a
+# memfd, for which the kernel blames nobody.
 HOG = """
 import os, sys
 
-limit, used, killed, left = *sys.argv[1:4], int(sys.argv[4])
-read = lambda path: int(open(path).read().split()[-1])
-open("/proc/self/oom_score_adj", "w").write(sys.argv[5])
-before, memory, some = read(killed), os.memfd_create("hog"), bytes(1 << 18)
+limit, used, left = *sys.argv[1:3], int(sys.argv[3])
+read = lambda path: int(open(path).read())
+open("/proc/self/oom_score_adj", "w").write("1000")
+memory, some = os.memfd_create("hog"), bytes(1 << 18)
 while read(limit) - read(used) > left:
     os.write(memory, some)
 print("nearly full", flush=True)
 sys.stdin.readline()
-while read(killed) == before:
-    try:
-        os.write(memory, some)
-    except OSError:  # there is none, and what the kernel killed for it has not ended yet
-        pass
-os.close(memory)
-print("killed another", flush=True)
+while True:
+    os.write(memory, some)
 """
 
 
-def hog(group: Group, *, is_victim: bool) -> Process:
-    """A process in the group which takes what is left of it; `is_victim`: the kernel shall choose it, and no other."""
-    if (group.folder / "memory.events").exists():
-        pytest.skip("its count of kills is not the last word of a file in version 2")
-    killed = group.folder / "memory.oom_control"
-    arguments = [group.limit, group.used, killed, 16 * MIB, 1000 if is_victim else 0]
-    return Process(*group.through, sys.executable, "-c", HOG, *map(str, arguments))
+def hog(group: Group) -> Process:
+    """A process in the group which takes what is left of it."""
+    return Process(*group.through, sys.executable, "-c", HOG, str(group.limit), str(group.used), str(16 * MIB))
+
+
+# The same in a worker, once, when there is a file that says so.
+GREEDY = """
+if os.path.exists({flag!r}):
+    os.unlink({flag!r})
+    open("/proc/self/oom_score_adj", "w").write("1000")
+    memory, some = os.memfd_create("hog"), bytes(1 << 18)
+    while True:
+        os.write(memory, some)
+"""
 
 
 def decoy(group: Group) -> Process:
@@ -236,7 +238,7 @@ def test_a_limit_that_others_reach_while_a_pool_serves_takes_nothing_from_the_ar
         ) as pool,
         pool.connect() as client,
         decoy(group),
-        hog(group, is_victim=True) as other,
+        hog(group) as other,
     ):
         pids = pool.broker, pool.worker
         other.wait_for_line("nearly full")
@@ -260,22 +262,20 @@ def test_a_limit_that_others_reach_while_a_pool_serves_takes_nothing_from_the_ar
 
 
 def test_a_worker_that_is_killed_for_memory_is_replaced_and_its_work_done(
-    negate: Path, run_dir: Path, group: Group
+    negate: Path, run_dir: Path, group: Group, tmp_path: Path, worker_does: Callable[..., dict[str, str]]
 ) -> None:
+    flag = tmp_path / "take all"
+    env = worker_does(run=GREEDY.format(flag=str(flag)))
     with (
-        StartedPool(negate, run_dir=run_dir, through=group.through, max_batch=2, slots=16) as pool,
+        StartedPool(negate, run_dir=run_dir, env=env, through=group.through, max_batch=2, slots=16) as pool,
         pool.connect() as client,
         decoy(group),
-        hog(group, is_victim=False) as other,
     ):
-        other.wait_for_line("nearly full")
         with pool.stopped_worker() as worker:
             work = hold(client, [1, 2, 3, 4, 5])
-            Path(f"/proc/{worker}/oom_score_adj").write_text("1000")
-            other.say()
-            other.wait_for_line("killed another")
-            assert other.wait() == 0
-            assert [answer(one) for one in work] == [-1, -2, -3, -4, -5]
+            flag.touch()
+        assert [answer(one) for one in work] == [-1, -2, -3, -4, -5]
+        assert not flag.exists()
         assert group.killed in (1, 2)
         assert pool.worker != worker
         assert "for want of memory: see dmesg" in pool.wait_for_line("worker 1 ended: SIGKILL", 2)
