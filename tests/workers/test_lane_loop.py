@@ -517,7 +517,7 @@ def test_a_waiting_batch_that_cannot_be_launched_is_failed_and_what_ended_is_tol
     engine.refuse = EngineError("no such kernel")
     engine.finish(0)
     text = "batch 2 could not be launched: no such kernel"
-    assert rig.receive() == [finished(1), m.Failed(2, 0, text), m.Bye(text)]
+    assert rig.hear(3) == [finished(1), m.Failed(2, 0, text), m.Bye(text)]
     assert rig.end.wait() == EngineFailed.exit_code
 
 
