@@ -61,8 +61,8 @@ class Costs:
         items_per_s: all producers together.
         p50_us, p99_us: from a run's submission until its producer has the result.
         phases_us: the median of each phase of a run, see `Result.timings`; they do not add up to that of the whole.
-        timed_p50_us: of these runs, in a window after the others', all phases from "queue" on.  What the producer's own
-            calls take before and after these is in `p50_us` alone.
+        timed_p50_us: the median `Timings.latency_ns` of those runs, which have a window of their own; what the
+            producer's own calls take before and after is in `p50_us` alone.
         items: how many were counted.
         items_per_batch: of them.
         cpu_us: an item's, by who.

@@ -19,7 +19,7 @@ from msgspec.structs import astuple
 
 import trtpool
 from trtpool.ipc.report import ModelReport
-from trtpool.ipc.timings import PHASES
+from trtpool.ipc.timings import PHASES, Timings
 
 from .crew import CONTEXT, STUCK_S, Crew, Turn
 from .gpu_items import Expected, Load, Source, Tensor, sample
@@ -221,9 +221,9 @@ def phases_us(reports: Sequence[array[int]]) -> dict[str, float]:
 
 
 def timed_p50_us(reports: Sequence[array[int]]) -> float:
-    """The median latency of the submissions that were `TIMED`, see `Timings.latency_ns`: of each all phases but two."""
-    size, begun = len(PHASES), PHASES.index("queue")
-    taken = [sum(report[at + begun : at + size]) for report in reports for at in range(0, len(report), size)]
+    """The median latency of the submissions that were `TIMED`."""
+    size = len(PHASES)
+    taken = [Timings(*report[at : at + size]).latency_ns for report in reports for at in range(0, len(report), size)]
     return statistics.median(taken) / 1e3
 
 

@@ -230,21 +230,33 @@ def test_a_slow_engine_meets_deadlines_that_it_can_meet(client):
             slot.inputs["x"][...] = index
             work.append(slot.submit(deadline_s=deadline_ms / 1e3))
         wait_futures(work, timeout=60)
-        late = {index: one.exception(0) for index, one in enumerate(work) if one.exception(0) is not None}
-        assert late
-        assert 0 not in late  # it was dispatched at once
-        for index, one in enumerate(work):
-            if index in late:
-                with pytest.raises(trtpool.DeadlineExceeded, match="ms in the queue") as passed:
-                    one.result(0)
-                waited_ms = re.search(r"after ([\d.]+) ms", str(passed.value))
-                assert waited_ms is not None
-                assert float(waited_ms[1]) >= deadline_ms
-            else:
+        errors = [one.exception(0) for one in work]
+        assert errors != [None] * 24
+        assert errors[0] is None  # it was dispatched at once
+        for index, (one, error) in enumerate(zip(work, errors, strict=True)):
+            if error is None:
                 result = one.result(0)
                 assert result.outputs["y"] == index
                 assert result.timings.queue_ns < deadline_ms * 1e6
+            else:
+                assert isinstance(error, trtpool.DeadlineExceeded)
+                waited = re.search(r"after ([\d.]+) ms in the queue", str(error))
+                assert waited is not None
+                assert float(waited[1]) >= deadline_ms
             one.release()
+
+
+def test_a_run_that_a_slow_engine_cannot_finish_in_time_is_late_from_some_slot_on(client):
+    """The same in one submission, and so with one deadline for all."""
+    (lease,) = client.lease_many(24, model="slow")
+    lease.inputs["x"][...] = np.arange(24)[:, None]
+    with lease.submit(deadline_s=0.05).result(timeout_s=60, partial=True) as result:
+        late = sorted(result.errors)
+        assert late[-1] == 23
+        assert late == list(range(late[0], 24))
+        assert 0 not in late  # it was dispatched at once
+        assert all(isinstance(error, trtpool.DeadlineExceeded) for error in result.errors.values())
+        assert result.outputs["y"][: late[0], 0].tolist() == list(range(late[0]))
 
 
 @pytest.mark.parametrize("delay_us", [0, 2000])

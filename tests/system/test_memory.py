@@ -188,21 +188,28 @@ def test_an_arena_beyond_a_cgroups_limit_is_refused_and_nothing_is_killed(
         pool.stop()
 
 
-# Takes memory of a cgroup until as much is left, and then, when told, more, for which the kernel kills it.  It is in a
-# memfd, for which the kernel blames nobody.
-HOG = """
-import os, sys
+# Takes memory as long as `more()`, for which the kernel kills this process before all others.  It is in a memfd, for
+# which the kernel blames nobody.
+TAKE = """
+import os
+
+def take(more):
+    open("/proc/self/oom_score_adj", "w").write("1000")
+    memory, some = os.memfd_create("hog"), bytes(1 << 18)
+    while more():
+        os.write(memory, some)
+"""
+
+# Takes what a cgroup has until as much is left, and then, when told, all.
+HOG = f"""{TAKE}
+import sys
 
 limit, used, left = *sys.argv[1:3], int(sys.argv[3])
 read = lambda path: int(open(path).read())
-open("/proc/self/oom_score_adj", "w").write("1000")
-memory, some = os.memfd_create("hog"), bytes(1 << 18)
-while read(limit) - read(used) > left:
-    os.write(memory, some)
+take(lambda: read(limit) - read(used) > left)
 print("nearly full", flush=True)
 sys.stdin.readline()
-while True:
-    os.write(memory, some)
+take(lambda: True)
 """
 
 
@@ -211,14 +218,11 @@ def hog(group: Group) -> Process:
     return Process(*group.through, sys.executable, "-c", HOG, str(group.limit), str(group.used), str(16 * MIB))
 
 
-# The same in a worker, once, when there is a file that says so.
-GREEDY = """
-if os.path.exists({flag!r}):
-    os.unlink({flag!r})
-    open("/proc/self/oom_score_adj", "w").write("1000")
-    memory, some = os.memfd_create("hog"), bytes(1 << 18)
-    while True:
-        os.write(memory, some)
+# In a worker, once, when there is a file that says so.
+GREEDY = f"""{TAKE}
+if os.path.exists({{flag!r}}):
+    os.unlink({{flag!r}})
+    take(lambda: True)
 """
 
 
